@@ -1,0 +1,287 @@
+// Package brokerwire is what broker, worker and node service say to each other: one JSON
+// message a datagram on a SOCK_SEQPACKET socket, with descriptors beside it.
+//
+// Both ends call and both answer; a reply repeats the request's id. What a peer sends is
+// untrusted: a message is parsed into [Message] and checked by [Message.Validate] before
+// anybody looks at it, and descriptors that nobody takes are closed.
+package brokerwire
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/larderfs/larder/cacheworker/object"
+)
+
+// Version of the protocol; a peer with another one is refused.
+const Version = 1
+
+const (
+	maxMessage = 96 << 10 // bytes of one datagram, below the default socket buffer
+	maxFDs     = 4
+	maxText    = 64 << 10
+)
+
+// Verb says what a message asks for. A reply has none.
+type Verb string
+
+const (
+	// A peer's first message.
+	Hello Verb = "hello" // Role, Version, UUID (worker); the reply carries Version
+
+	// Node service to broker.
+	MountVolume   Verb = "mount"   // Volume, Path
+	RefreshVolume Verb = "refresh" // Volume: new credentials
+	Bind          Verb = "bind"    // Mount, Sub, Target, ReadOnly
+	Unmount       Verb = "unmount" // Path
+	Mounts        Verb = "mounts"  // reply: List
+
+	// Broker to worker.
+	Adopt  Verb = "adopt"  // Mount, Fresh; fds: /dev/fuse, state memfd, INIT socket, [listener]
+	Listen Verb = "listen" // Mount; fds: the listening domain socket
+	Reload Verb = "reload" // Mount: the volume in the memfd has changed
+	Drop   Verb = "drop"   // Mount: it is gone
+
+	// Worker to broker.
+	Give       Verb = "give"       // Mount; fds: /dev/fuse, state memfd, [listener]: after the broker's death
+	Register   Verb = "register"   // Mount, Node; fd: the file. reply: Backing
+	Unregister Verb = "unregister" // Mount, Backing
+	Replace    Verb = "replace"    // Mount; fd: a compacted state memfd
+)
+
+// Role says who speaks.
+type Role string
+
+const (
+	RoleWorker Role = "worker"
+	RoleNode   Role = "node"
+)
+
+// Message is one datagram. Which fields count depends on the verb.
+type Message struct {
+	ID       uint64  `json:"id"`
+	Verb     Verb    `json:"verb,omitempty"`
+	Version  int     `json:"version,omitempty"`
+	Role     Role    `json:"role,omitempty"`
+	UUID     string  `json:"uuid,omitempty"`
+	Mount    string  `json:"mount,omitempty"` // volume id
+	Path     string  `json:"path,omitempty"`
+	Sub      string  `json:"sub,omitempty"`
+	Target   string  `json:"target,omitempty"`
+	ReadOnly bool    `json:"readOnly,omitempty"`
+	Fresh    bool    `json:"fresh,omitempty"`
+	Node     uint64  `json:"node,omitempty"`
+	Backing  int32   `json:"backing,omitempty"`
+	Volume   *Volume `json:"volume,omitempty"`
+	List     []Mount `json:"list,omitempty"`
+	Code     Code    `json:"code,omitempty"` // reply: what went wrong
+	Text     string  `json:"text,omitempty"` // reply: for people
+}
+
+// Mount is what the broker tells of a mount it holds. Volume has no credentials.
+type Mount struct {
+	VolumeID  string    `json:"volumeID"`
+	Path      string    `json:"path"`
+	Volume    Volume    `json:"volume"`
+	Since     time.Time `json:"since"`
+	Served    bool      `json:"served"`    // a worker answers it now
+	Takeovers int       `json:"takeovers"` // workers it was given to after the first
+	Socket    string    `json:"socket,omitempty"`
+}
+
+// Code is a sentinel error on the wire.
+type Code string
+
+// codes is the whole mapping in both directions; what it does not list is "internal".
+var codes = []struct {
+	code Code
+	err  error
+}{
+	{"not-found", object.ErrNotFound},
+	{"changed", object.ErrChanged},
+	{"denied", object.ErrDenied},
+	{"unavailable", object.ErrUnavailable},
+	{"no-space", object.ErrNoSpace},
+	{"busy", object.ErrBusy},
+	{"invalid", object.ErrInvalid},
+	{"exists", ErrExists},
+}
+
+// ErrExists means that something else is mounted there already.
+var ErrExists = errors.New("already mounted differently")
+
+const codeInternal Code = "internal"
+
+// fail turns an error into a reply.
+func fail(err error) Message {
+	m := Message{Code: codeInternal, Text: err.Error()}
+	for _, c := range codes {
+		if errors.Is(err, c.err) {
+			m.Code = c.code
+			break
+		}
+	}
+	if len(m.Text) > 4096 {
+		m.Text = m.Text[:4096]
+	}
+	return m
+}
+
+// Err is the error of a reply; nil if it went well.
+func (m Message) Err() error {
+	if m.Code == "" {
+		return nil
+	}
+	for _, c := range codes {
+		if c.code == m.Code {
+			if text, ok := strings.CutSuffix(m.Text, ": "+c.err.Error()); ok {
+				return fmt.Errorf("%s: %w", text, c.err)
+			}
+			return &remoteError{m.Text, c.err}
+		}
+	}
+	return &remoteError{m.Text, nil}
+}
+
+// remoteError keeps the text of the other side as it was and its sentinel for errors.Is.
+type remoteError struct {
+	text string
+	is   error
+}
+
+func (e *remoteError) Error() string { return e.text }
+func (e *remoteError) Unwrap() error { return e.is }
+
+// Validate checks what the verbs have in common: lengths, absolute clean paths, no NUL.
+func (m Message) Validate() error {
+	for _, f := range []struct{ name, s string }{
+		{"mount", m.Mount}, {"path", m.Path}, {"target", m.Target}, {"uuid", m.UUID}, {"sub", m.Sub},
+	} {
+		if len(f.s) > 4096 || strings.ContainsRune(f.s, 0) {
+			return fmt.Errorf("%s is over-long or contains NUL: %w", f.name, object.ErrInvalid)
+		}
+	}
+	for _, f := range []struct{ name, s string }{{"path", m.Path}, {"target", m.Target}} {
+		if f.s != "" && !cleanAbs(f.s) {
+			return fmt.Errorf("%s %q is not an absolute, clean path: %w", f.name, f.s, object.ErrInvalid)
+		}
+	}
+	if m.Sub != "" && m.Sub != "data" {
+		return fmt.Errorf("sub %q is not data: %w", m.Sub, object.ErrInvalid)
+	}
+	if strings.ContainsAny(m.UUID, "/.") || len(m.UUID) > 64 {
+		return fmt.Errorf("uuid %q is not one: %w", m.UUID, object.ErrInvalid)
+	}
+	return nil
+}
+
+func cleanAbs(p string) bool {
+	if !strings.HasPrefix(p, "/") || (len(p) > 1 && strings.HasSuffix(p, "/")) {
+		return false
+	}
+	for seg := range strings.SplitSeq(p[1:], "/") {
+		if (seg == "" && p != "/") || seg == "." || seg == ".." {
+			return false
+		}
+	}
+	return true
+}
+
+// Decode parses one datagram.
+func Decode(b []byte) (Message, error) {
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	var m Message
+	if err := d.Decode(&m); err != nil {
+		return Message{}, fmt.Errorf("broker message: %v: %w", err, object.ErrInvalid)
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return Message{}, fmt.Errorf("broker message: more than one value: %w", object.ErrInvalid)
+	}
+	return m, m.Validate()
+}
+
+func send(c *net.UnixConn, m Message, files []*os.File) error {
+	b, err := json.Marshal(m)
+	if err != nil {
+		return fmt.Errorf("encode broker message: %w", err)
+	}
+	if len(b) > maxMessage || len(files) > maxFDs {
+		return fmt.Errorf("broker message of %d bytes, %d descriptors is too large: %w", len(b), len(files), object.ErrInvalid)
+	}
+	var oob []byte
+	if len(files) > 0 {
+		fds := make([]int, len(files))
+		for i, f := range files {
+			fds[i] = int(f.Fd())
+		}
+		oob = unix.UnixRights(fds...)
+	}
+	_, _, err = c.WriteMsgUnix(b, oob, nil)
+	return err
+}
+
+// receive returns io.EOF when the peer has gone. A message that does not parse is an error
+// with its id where that could be read, so that it can be answered.
+func receive(c *net.UnixConn, buf, oob []byte) (Message, []*os.File, error) {
+	n, oobn, flags, _, err := c.ReadMsgUnix(buf, oob)
+	if err != nil {
+		return Message{}, nil, err
+	}
+	files, err := rights(oob[:oobn])
+	if n == 0 && err == nil && len(files) == 0 {
+		return Message{}, nil, io.EOF
+	}
+	if err == nil && flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
+		err = fmt.Errorf("broker message truncated: %w", object.ErrInvalid)
+	}
+	var m Message
+	if err == nil {
+		m, err = Decode(buf[:n])
+	}
+	if err != nil {
+		CloseFiles(files)
+		return m, nil, err
+	}
+	return m, files, nil
+}
+
+func rights(oob []byte) ([]*os.File, error) {
+	if len(oob) == 0 {
+		return nil, nil
+	}
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return nil, fmt.Errorf("descriptors: %v: %w", err, object.ErrInvalid)
+	}
+	var files []*os.File
+	for _, msg := range msgs {
+		fds, err := unix.ParseUnixRights(&msg)
+		if err != nil {
+			continue // credentials, say
+		}
+		for _, fd := range fds {
+			unix.CloseOnExec(fd)
+			files = append(files, os.NewFile(uintptr(fd), "received"))
+		}
+	}
+	return files, nil
+}
+
+// CloseFiles closes what is not nil.
+func CloseFiles(files []*os.File) {
+	for _, f := range files {
+		if f != nil {
+			f.Close()
+		}
+	}
+}
