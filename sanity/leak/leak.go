@@ -92,25 +92,29 @@ func Find(dir string) []string {
 // connections, so that nobody stays blocked in them, kills processes, unmounts, and removes
 // the files. Children of this process that have another TMPDIR are left alone.
 func Clean(dir string) error {
-	errs := []error{Abort(dir)}
-	for end := time.Now().Add(settle); ; time.Sleep(10 * time.Millisecond) {
+	err := errors.Join(Abort(dir), Kill(dir), Unmount(dir))
+	if left := Mounts(dir); len(left) > 0 {
+		return errors.Join(err, fmt.Errorf("mount %s stays; nothing below %s was removed", left[0].Point, dir))
+	}
+	return errors.Join(err, os.RemoveAll(dir))
+}
+
+// Kill ends with SIGKILL every process whose TMPDIR is at or below dir, and those that they
+// start meanwhile, and waits until they are gone. The zombies of this process's own children
+// do not count: who started them waits for them.
+func Kill(dir string) error {
+	for end := time.Now().Add(settle); ; time.Sleep(time.Millisecond) {
 		ps := processes(dir, false)
 		if len(ps) == 0 {
-			break
+			return nil
 		}
 		if time.Now().After(end) {
-			errs = append(errs, fmt.Errorf("process %d (%s) does not end", ps[0].pid, ps[0].name))
-			break
+			return fmt.Errorf("process %d (%s) does not end", ps[0].pid, ps[0].name)
 		}
 		for _, p := range ps {
 			unix.Kill(p.pid, unix.SIGKILL)
 		}
 	}
-	errs = append(errs, Unmount(dir))
-	if left := Mounts(dir); len(left) > 0 {
-		return errors.Join(append(errs, fmt.Errorf("mount %s stays; nothing below %s was removed", left[0].Point, dir))...)
-	}
-	return errors.Join(append(errs, os.RemoveAll(dir))...)
 }
 
 // Mount is a line of the kernel's mount table.
