@@ -1,0 +1,302 @@
+package cachestore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/cacheworker/policy"
+)
+
+// heldKey names an evicted file whose bytes are still on the disk.
+type heldKey struct {
+	id    object.ID
+	nonce uint64
+}
+
+const (
+	roomAge    = time.Second // how old a statfs may be
+	probeEvery = time.Second // for held files; sooner when room is wanted
+	probeSoon  = 50 * time.Millisecond
+	probeMax   = 1024 // held files looked at in one go
+)
+
+// reserve takes room for bytes and inodes, evicting what it must. The bytes are counted from
+// now on: settle makes them the entry's. object.ErrNoSpace if all that is left is leased or held.
+func (s *Store) reserve(bytes, inodes int64) error {
+	if s.take(bytes, inodes) {
+		return nil
+	}
+	evicted, err := s.makeRoom(bytes, inodes)
+	for _, id := range evicted {
+		s.notify(id)
+	}
+	return err
+}
+
+// makeRoom is reserve for a full tier. It returns whom the caller must notify.
+func (s *Store) makeRoom(bytes, inodes int64) (evicted []object.ID, err error) {
+	s.evicting.Lock()
+	defer s.evicting.Unlock()
+	for !s.take(bytes, inodes) {
+		if s.probeIfDue() {
+			continue
+		}
+		e := s.victim()
+		if e == nil {
+			return evicted, fmt.Errorf("%w: all of it is in use", object.ErrNoSpace)
+		}
+		s.remove(e)
+		evicted = append(evicted, e.Key)
+	}
+	return evicted, nil
+}
+
+func (s *Store) notify(id object.ID) {
+	if f := s.onEvict.Load(); f != nil {
+		(*f)(id)
+	}
+}
+
+// take reserves if there is room.
+func (s *Store) take(bytes, inodes int64) bool {
+	s.refreshRoom()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed ||
+		s.live+s.heldBytes+bytes > s.cfg.CapacityBytes ||
+		s.fsRoom.bytes-bytes < s.cfg.MinFreeBytes ||
+		s.fsRoom.totalInodes > 0 && s.fsRoom.inodes-inodes < s.cfg.MinFreeInodes {
+		return false
+	}
+	s.live += bytes
+	s.fsRoom.bytes -= bytes
+	s.fsRoom.inodes -= inodes
+	return true
+}
+
+// refreshRoom asks the file system, in which others write too, at most once a second and
+// after every eviction.
+func (s *Store) refreshRoom() {
+	s.mu.Lock()
+	fresh := time.Since(s.fsAt) < roomAge
+	s.mu.Unlock()
+	if fresh {
+		return
+	}
+	r, err := s.dir.room()
+	if err != nil {
+		return
+	}
+	s.mu.Lock()
+	s.fsRoom, s.fsAt = r, time.Now()
+	s.mu.Unlock()
+}
+
+// victim takes one entry out of the store; nil if all are leased.
+func (s *Store) victim() *entry {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed || s.leased == len(s.entries) {
+		return nil
+	}
+	n := s.policy.Evict(func(n *policy.Node[object.ID]) bool { return s.entries[n.Key].file != nil })
+	if n == nil {
+		return nil
+	}
+	e := s.entries[n.Key]
+	s.countEviction(e)
+	s.forget(e)
+	return e
+}
+
+func (s *Store) countEviction(e *entry) {
+	s.evictions.Add(1)
+	s.evictedBytes.Add(e.presentBytes())
+}
+
+// forget takes an entry out of all tables; its bytes become held ones. Requires s.mu. The
+// caller removes the file.
+func (s *Store) forget(e *entry) {
+	e.evicted.Store(true)
+	delete(s.entries, e.Key)
+	s.policy.Remove(&e.Node)
+	s.cached -= e.presentBytes()
+	if e.complete() {
+		s.complete--
+	}
+	s.live -= e.Bytes()
+	s.hold(heldKey{e.Key, e.nonce}, e.Bytes())
+}
+
+// hold counts bytes of an evicted file. Requires s.mu.
+func (s *Store) hold(k heldKey, bytes int64) {
+	s.held[k] += bytes
+	s.heldBytes += bytes
+}
+
+// release stops counting an evicted file that is gone.
+func (s *Store) release(k heldKey) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.fsRoom.bytes += s.held[k]
+	s.fsRoom.inodes++
+	s.heldBytes -= s.held[k]
+	delete(s.held, k)
+}
+
+// Evict takes an object's file away now, leased or not; open Files go on reading it. It
+// reports whether there was one.
+func (s *Store) Evict(id object.ID) bool {
+	if !s.evict(id) {
+		return false
+	}
+	s.notify(id)
+	return true
+}
+
+func (s *Store) evict(id object.ID) bool {
+	s.evicting.Lock()
+	defer s.evicting.Unlock()
+	s.mu.Lock()
+	e := s.entries[id]
+	if e == nil || s.closed {
+		s.mu.Unlock()
+		return false
+	}
+	s.countEviction(e)
+	s.forget(e)
+	s.mu.Unlock()
+	s.remove(e)
+	return true
+}
+
+// remove takes the file of a forgotten entry off the disk, or, if somebody has it open, into the folder
+// "held", where no view finds it. Requires s.evicting, since before forget: a probe must not
+// look for the file before it is there.
+func (s *Store) remove(e *entry) {
+	k := heldKey{e.Key, e.nonce}
+	s.mu.Lock()
+	indexed := e.indexed
+	s.mu.Unlock()
+	if indexed {
+		s.deleteRecords(k.id, k.nonce)
+	}
+	name := objectPath(k.id, k.nonce)
+	if !s.unlinkUnheld(k, name) {
+		if err := s.dir.rename(name, heldPath(k.id, k.nonce)); err != nil {
+			s.log.Error("evicted cache file stays in its place", "object", k.id, "err", err)
+		}
+	}
+}
+
+// unlinkUnheld deletes a file unless somebody has it open or mapped. The write lease is
+// granted only if ours is the only open description; while it lasts nobody opens the file,
+// so nobody has it when it is gone.
+func (s *Store) unlinkUnheld(k heldKey, name string) bool {
+	f, err := s.dir.open(name, unix.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		s.release(k)
+		return true
+	}
+	if err != nil {
+		return false
+	}
+	defer f.Close() // ends the lease
+	_, err = unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_WRLCK)
+	if errors.Is(err, unix.EAGAIN) {
+		return false
+	}
+	if err != nil { // a file system without leases: nothing can be known
+		s.log.Debug("no write lease", "err", err)
+	}
+	if err := s.dir.unlink(name); err != nil {
+		s.log.Error("unlink cache file", "object", k.id, "err", err)
+		return false
+	}
+	s.release(k)
+	return true
+}
+
+// probe unlinks the held files that nobody holds any more and reports whether there were any.
+// Requires s.evicting.
+func (s *Store) probe() (freed bool) {
+	s.mu.Lock()
+	s.probedAt = time.Now()
+	keys := make([]heldKey, 0, min(len(s.held), probeMax))
+	for k := range s.held { // in random order: all of them have their turn
+		if len(keys) == probeMax {
+			break
+		}
+		keys = append(keys, k)
+	}
+	s.mu.Unlock()
+	for _, k := range keys {
+		if s.unlinkUnheld(k, heldPath(k.id, k.nonce)) {
+			freed = true
+		}
+	}
+	return freed
+}
+
+func (s *Store) probeIfDue() bool {
+	s.mu.Lock()
+	due := len(s.held) > 0 && time.Since(s.probedAt) > probeSoon
+	s.mu.Unlock()
+	return due && s.probe()
+}
+
+// janitor releases held files and keeps the file system's free room when others write to it.
+func (s *Store) janitor(ctx context.Context, unclean bool) {
+	defer close(s.done)
+	if unclean {
+		s.audit(ctx)
+	}
+	tick := time.NewTicker(probeEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		s.evicting.Lock()
+		s.probe()
+		s.evicting.Unlock()
+		s.reserve(0, 0) // evicts until there is room; if all is in use, so be it
+	}
+}
+
+// audit counts, after an unclean stop, what Puts that never ended left on the disk.
+func (s *Store) audit(ctx context.Context) {
+	s.mu.Lock()
+	all := make([]*entry, 0, len(s.entries))
+	for _, e := range s.entries {
+		all = append(all, e)
+	}
+	s.mu.Unlock()
+	for _, e := range all {
+		if ctx.Err() != nil {
+			return
+		}
+		s.mu.Lock()
+		before, idle := e.Bytes(), e.file == nil
+		s.mu.Unlock()
+		var st unix.Stat_t
+		err := unix.Fstatat(s.dir.fd(), objectPath(e.Key, e.nonce), &st, unix.AT_SYMLINK_NOFOLLOW)
+		if err != nil || !idle {
+			continue
+		}
+		s.mu.Lock()
+		if more := st.Blocks*512 - before; more > 0 && e.file == nil && !e.evicted.Load() && e.Bytes() == before {
+			s.policy.Grow(&e.Node, more)
+			s.live += more
+		}
+		s.mu.Unlock()
+	}
+}

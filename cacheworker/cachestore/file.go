@@ -1,0 +1,518 @@
+package cachestore
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"github.com/cespare/xxhash/v2"
+	"github.com/cockroachdb/pebble/v2"
+	"golang.org/x/sys/unix"
+
+	"github.com/larderfs/larder/cacheworker/object"
+)
+
+// file is the one open descriptor that all leases of an entry share. No lock is between it
+// and its readers: os.File itself waits with closing for reads that are under way.
+type file struct {
+	open sync.Once
+	f    *os.File // after open
+	err  error    // after open
+
+	verify sync.Mutex // one chunk at a time is checked; held across its reading
+
+	leases  int              // under Store.mu
+	putting map[int]*putting // under Store.mu
+}
+
+type putting struct {
+	done chan struct{}
+	err  error // once done
+	paid bool  // the chunk's bytes are counted already: an earlier try failed, or they were bad
+}
+
+// File is a lease on an object's cache file: while it is open, eviction passes over it. Its
+// methods are safe for concurrent use.
+type File struct {
+	s      *Store
+	obj    object.Object
+	e      *entry
+	file   *file
+	closed atomic.Bool
+}
+
+// Open leases the cache file of an object, a new one if there is none. The error wraps
+// object.ErrNoSpace: the object is larger than half the tier, or no file can be made. Read
+// through then.
+func (s *Store) Open(obj object.Object) (*File, error) {
+	if obj.Size < 0 || obj.Size > maxObjectBytes {
+		return nil, fmt.Errorf("%w: object of %d bytes", object.ErrInvalid, obj.Size)
+	}
+	if obj.Size > s.cfg.CapacityBytes/2 {
+		s.rejected.Add(1)
+		return nil, fmt.Errorf("%w: %d bytes are more than half the tier", object.ErrNoSpace, obj.Size)
+	}
+	id := obj.ID()
+	if !s.Peek(id).Exists {
+		if err := s.reserve(0, 1); err != nil {
+			s.rejected.Add(1)
+			return nil, err
+		}
+	}
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil, fmt.Errorf("cache: %w", os.ErrClosed)
+	}
+	e, fresh := s.entries[id], false
+	if e == nil {
+		e, fresh = newEntry(id, newNonce(), obj.Size), true
+		e.store = s.storeID(obj.Store)
+		e.file = &file{}
+		s.entries[id] = e
+		s.policy.Insert(&e.Node, 0)
+		if e.complete() { // an empty one is from the start
+			s.complete++
+		}
+	} else {
+		s.policy.Hit(&e.Node)
+	}
+	if e.file == nil {
+		e.file = &file{}
+	}
+	if e.file.leases == 0 {
+		s.leased++
+	}
+	e.file.leases++
+	f := &File{s: s, obj: obj, e: e, file: e.file}
+	s.mu.Unlock()
+
+	f.file.open.Do(func() { f.file.f, f.file.err = s.openFile(f, fresh) })
+	if err := f.file.err; err != nil {
+		f.Close()
+		s.trouble(err)
+		return nil, fmt.Errorf("%w: cache file: %w", object.ErrNoSpace, err)
+	}
+	return f, nil
+}
+
+// openFile opens or makes the file of an entry, and takes away the chunks it does not have.
+func (s *Store) openFile(f *File, fresh bool) (*os.File, error) {
+	name := objectPath(f.e.Key, f.e.nonce)
+	var file *os.File
+	err := fs.ErrNotExist
+	if !fresh {
+		file, err = s.dir.open(name, unix.O_RDWR, 0)
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		file, err = s.dir.open(name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, 0o644)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if fresh {
+		if f.obj.Size == 0 {
+			s.recordEmpty(f)
+		}
+		return file, nil
+	}
+	st, err := file.Stat()
+	if err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	f.e.presentChunks(func(i int) {
+		if end := int64(i)*object.ChunkSize + int64(f.e.chunkLen(i)); end > st.Size() {
+			s.dropChunk(f.e, i, errors.New("the cache file is too short"))
+		}
+	})
+	return file, nil
+}
+
+// recordEmpty enters an object of no bytes, which nobody will Put.
+func (s *Store) recordEmpty(f *File) {
+	s.mu.Lock()
+	f.e.indexed = true
+	s.mu.Unlock()
+	s.index.writeLazily(func(b *pebble.Batch) error {
+		return b.Set(objectKey(f.e.Key, f.e.nonce), encodeObject(f.obj), nil)
+	})
+}
+
+// Object is what the file caches.
+func (f *File) Object() object.Object { return f.obj }
+
+// Fd is the shared descriptor, for splice and pread of present chunks; valid until Close.
+// It can write: give away a View instead.
+func (f *File) Fd() int { return int(f.file.f.Fd()) }
+
+// Evicted says that the object has no file any more; this one still reads what it has.
+func (f *File) Evicted() bool { return f.e.evicted.Load() }
+
+// Complete reports whether every chunk is present and verified.
+func (f *File) Complete() bool { return f.e.complete() }
+
+// PresentBytes are those of the present chunks.
+func (f *File) PresentBytes() int64 { return f.e.presentBytes() }
+
+// Has reports whether chunk i can be read. One that was cached under an earlier boot of the
+// machine is checked now, which reads it once.
+func (f *File) Has(i int) bool {
+	if i < 0 || i >= f.e.chunks() {
+		return false
+	}
+	if f.e.isVerified(i) {
+		return true
+	}
+	return f.e.isPresent(i) && f.check(i)
+}
+
+var chunkBuffers = sync.Pool{New: func() any { return new([object.ChunkSize]byte) }}
+
+// check verifies a present chunk against the index.
+func (f *File) check(i int) bool {
+	f.file.verify.Lock()
+	defer f.file.verify.Unlock()
+	if f.e.isVerified(i) {
+		return true
+	}
+	if !f.e.isPresent(i) || f.closed.Load() {
+		return false
+	}
+	key := chunkKey(f.e.Key, f.e.nonce, i)
+	value, err := f.s.index.get(key)
+	if err != nil {
+		return false // closed or broken: nothing can be said
+	}
+	want, _, ok := decodeChunk(value)
+	buf := chunkBuffers.Get().(*[object.ChunkSize]byte)
+	defer chunkBuffers.Put(buf)
+	b := buf[:f.e.chunkLen(i)]
+	_, err = f.file.f.ReadAt(b, int64(i)*object.ChunkSize)
+	if errors.Is(err, os.ErrClosed) {
+		return false
+	}
+	if err == nil && (!ok || xxhash.Sum64(b) != want) {
+		err = object.ErrCorrupt
+	}
+	if err != nil {
+		f.s.dropChunk(f.e, i, err)
+		return false
+	}
+	f.s.markVerified(f.e, i)
+	f.s.index.writeLazily(func(b *pebble.Batch) error {
+		return b.Set(key, encodeChunk(want, f.s.epoch), nil)
+	})
+	return true
+}
+
+// ReadAt reads from present chunks; object.ErrIncomplete if one of them is absent,
+// object.ErrCorrupt if the disk did not give it back (it is absent from then on), io.EOF at the object's end.
+func (f *File) ReadAt(p []byte, off int64) (int, error) {
+	if off < 0 {
+		return 0, fmt.Errorf("%w: read at %d", object.ErrInvalid, off)
+	}
+	if off >= f.e.size {
+		return 0, io.EOF
+	}
+	atEnd := int64(len(p)) > f.e.size-off
+	if atEnd {
+		p = p[:f.e.size-off]
+	}
+	if len(p) == 0 {
+		return 0, nil
+	}
+	first, last := int(off/object.ChunkSize), int((off+int64(len(p))-1)/object.ChunkSize)
+	for i := first; i <= last; i++ {
+		if !f.Has(i) {
+			return 0, fmt.Errorf("%w: chunk %d of %v", object.ErrIncomplete, i, f.e.Key)
+		}
+	}
+	n, err := f.file.f.ReadAt(p, off)
+	if errors.Is(err, os.ErrClosed) {
+		return n, err
+	}
+	if err != nil {
+		for i := first; i <= last; i++ {
+			f.s.dropChunk(f.e, i, err)
+		}
+		return 0, fmt.Errorf("%w: read cache file: %w", object.ErrCorrupt, err)
+	}
+	if atEnd {
+		err = io.EOF
+	}
+	return n, err
+}
+
+// Put adds chunk i, whose bytes are data, and returns when a SIGKILL cannot take it away any
+// more. Putting what is present changes nothing. The error wraps object.ErrNoSpace if the
+// chunk cannot be kept, for whatever reason; the bytes are good all the same.
+func (f *File) Put(i int, data []byte) error {
+	if i < 0 || i >= f.e.chunks() || len(data) != f.e.chunkLen(i) {
+		return fmt.Errorf("%w: chunk %d of %d bytes for %v", object.ErrInvalid, i, len(data), f.obj)
+	}
+	if f.closed.Load() {
+		return fmt.Errorf("cache file: %w", os.ErrClosed)
+	}
+	if f.Has(i) {
+		return nil
+	}
+	p, mine := f.claim(i)
+	if p == nil {
+		return nil
+	}
+	if !mine {
+		<-p.done
+		return p.err
+	}
+	p.err = f.put(i, data, p)
+	f.s.mu.Lock()
+	delete(f.file.putting, i)
+	f.s.mu.Unlock()
+	close(p.done)
+	return p.err
+}
+
+// claim makes the caller the one who puts chunk i, or returns the put to wait for; nil if
+// the chunk is there.
+func (f *File) claim(i int) (p *putting, mine bool) {
+	f.s.mu.Lock()
+	defer f.s.mu.Unlock()
+	if f.e.isPresent(i) {
+		return nil, false
+	}
+	if p := f.file.putting[i]; p != nil {
+		return p, false
+	}
+	if f.file.putting == nil {
+		f.file.putting = make(map[int]*putting)
+	}
+	p = &putting{done: make(chan struct{}), paid: f.e.takeWaste(i)}
+	f.file.putting[i] = p
+	return p, true
+}
+
+func (f *File) put(i int, data []byte, p *putting) error {
+	room := onDisk(len(data))
+	err := f.putRoom(room, p)
+	if err != nil {
+		return err
+	}
+	if _, err = f.file.f.WriteAt(data, int64(i)*object.ChunkSize); err == nil {
+		err = f.record(i, xxhash.Sum64(data))
+	}
+	s, e := f.s, f.e
+	s.mu.Lock()
+	s.settle(e, room, p.paid)
+	if err != nil {
+		e.waste = append(e.waste, uint32(i)) // part of it may be on the disk
+		s.mu.Unlock()
+		s.trouble(err)
+		return fmt.Errorf("%w: write cache file: %w", object.ErrNoSpace, err)
+	}
+	if e.setPresent(i) && !e.evicted.Load() {
+		s.cached += int64(len(data))
+	}
+	s.setVerified(e, i)
+	evicted := e.evicted.Load()
+	s.mu.Unlock()
+	s.fullLogged.Store(false)
+	if evicted {
+		return fmt.Errorf("%w: evicted", object.ErrNoSpace)
+	}
+	return nil
+}
+
+// putRoom finds room for a chunk that is not paid for.
+func (f *File) putRoom(room int64, p *putting) error {
+	switch {
+	case f.Evicted():
+		return fmt.Errorf("%w: evicted", object.ErrNoSpace)
+	case f.s.index.isBroken():
+		f.s.putErrors.Add(1)
+		return fmt.Errorf("%w: %w", object.ErrNoSpace, errIndex)
+	case p.paid:
+		return nil
+	}
+	err := f.s.reserve(room, 0)
+	if err != nil {
+		f.s.rejected.Add(1)
+	}
+	return err
+}
+
+// record enters a chunk in the index, and the object before its first one.
+func (f *File) record(i int, sum uint64) error {
+	e, s := f.e, f.s
+	first := e.present.Load() == 0
+	s.mu.Lock()
+	e.indexed = true
+	s.mu.Unlock()
+	return s.index.write(func(b *pebble.Batch) error {
+		if first {
+			if err := b.Set(objectKey(e.Key, e.nonce), encodeObject(f.obj), nil); err != nil {
+				return err
+			}
+		}
+		return b.Set(chunkKey(e.Key, e.nonce, i), encodeChunk(sum, s.epoch), nil)
+	})
+}
+
+// settle turns room that was reserved into bytes of the entry. Requires s.mu.
+func (s *Store) settle(e *entry, room int64, paid bool) {
+	if paid {
+		return
+	}
+	if e.evicted.Load() {
+		s.live -= room
+		s.hold(heldKey{e.Key, e.nonce}, room)
+		return
+	}
+	s.policy.Grow(&e.Node, room)
+}
+
+// setVerified counts what became complete. Requires s.mu.
+func (s *Store) setVerified(e *entry, i int) {
+	if e.setVerified(i) && e.complete() && !e.evicted.Load() {
+		s.complete++
+	}
+}
+
+func (s *Store) markVerified(e *entry, i int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e.isPresent(i) {
+		s.setVerified(e, i)
+	}
+}
+
+// dropChunk makes a chunk absent that the disk did not keep. Its bytes stay counted.
+func (s *Store) dropChunk(e *entry, i int, why error) {
+	s.mu.Lock()
+	wasComplete := e.complete()
+	if !e.clear(i) {
+		s.mu.Unlock()
+		return
+	}
+	e.waste = append(e.waste, uint32(i))
+	if !e.evicted.Load() {
+		s.cached -= int64(e.chunkLen(i))
+		if wasComplete {
+			s.complete--
+		}
+	}
+	s.mu.Unlock()
+	if s.badChunks.Add(1) == 1 {
+		s.log.Warn("cached chunk is bad and will be fetched again; later ones are only counted", "object", e.Key, "chunk", i, "err", why)
+	}
+	key := chunkKey(e.Key, e.nonce, i)
+	s.index.writeLazily(func(b *pebble.Batch) error { return b.Delete(key, nil) })
+}
+
+// takeWaste reports whether the bytes of an absent chunk are counted, and forgets it.
+// Requires Store.mu.
+func (e *entry) takeWaste(i int) bool {
+	for k, w := range e.waste {
+		if int(w) == i {
+			e.waste[k] = e.waste[len(e.waste)-1]
+			e.waste = e.waste[:len(e.waste)-1]
+			return true
+		}
+	}
+	return false
+}
+
+// trouble logs the first of a row of refusals by the file system.
+func (s *Store) trouble(err error) {
+	s.putErrors.Add(1)
+	s.mu.Lock()
+	s.fsAt = s.fsAt.Add(-roomAge) // look at the file system again
+	s.mu.Unlock()
+	if !s.fullLogged.Swap(true) {
+		s.log.Error("cache cannot be written, reading through", "err", err)
+	}
+}
+
+// View is a fresh read-only descriptor of the whole file that can be given to anyone: it was opened
+// through a read-only mount, so that not even root can open it again for writing. The
+// caller closes it. object.ErrIncomplete unless Complete, or when evicted.
+func (f *File) View() (*os.File, error) {
+	s := f.s
+	if s.view.f == nil {
+		return nil, fmt.Errorf("no read-only mount of the cache is configured: descriptors stay here")
+	}
+	if !f.Complete() || f.Evicted() {
+		return nil, object.ErrIncomplete
+	}
+	v, err := s.view.open(objectPath(f.e.Key, f.e.nonce), unix.O_RDONLY, 0)
+	if err != nil {
+		if f.Evicted() {
+			return nil, object.ErrIncomplete
+		}
+		return nil, fmt.Errorf("view: %w", err)
+	}
+	if err := f.checkView(v); err != nil {
+		return nil, errors.Join(fmt.Errorf("view %s: %w", s.cfg.ViewDir, err), v.Close())
+	}
+	return v, nil
+}
+
+func (f *File) checkView(v *os.File) error {
+	var fsys unix.Statfs_t
+	if err := unix.Fstatfs(int(v.Fd()), &fsys); err != nil {
+		return fmt.Errorf("statfs: %w", err)
+	}
+	if fsys.Flags&unix.ST_RDONLY == 0 {
+		return errors.New("the mount is not read-only")
+	}
+	var own, theirs unix.Stat_t
+	if err := errors.Join(unix.Fstat(f.Fd(), &own), unix.Fstat(int(v.Fd()), &theirs)); err != nil {
+		return fmt.Errorf("stat: %w", err)
+	}
+	if own.Dev != theirs.Dev || own.Ino != theirs.Ino {
+		return fmt.Errorf("not the cache directory: device %d inode %d instead of %d, %d", theirs.Dev, theirs.Ino, own.Dev, own.Ino)
+	}
+	return nil
+}
+
+// Close gives the lease up. What Fd returned must not be used any more.
+func (f *File) Close() error {
+	if f.closed.Swap(true) {
+		return nil
+	}
+	s, e := f.s, f.e
+	s.mu.Lock()
+	f.file.leases--
+	if f.file.leases > 0 {
+		s.mu.Unlock()
+		return nil
+	}
+	e.file = nil
+	s.leased--
+	s.mu.Unlock()
+	var err error
+	if f.file.f != nil {
+		err = f.file.f.Close()
+	}
+	if e.present.Load() == 0 && (e.size > 0 || f.file.err != nil) {
+		s.dropUnused(e)
+	}
+	return err
+}
+
+// dropUnused removes a file in which nothing was ever put.
+func (s *Store) dropUnused(e *entry) {
+	s.evicting.Lock()
+	defer s.evicting.Unlock()
+	s.mu.Lock()
+	if s.closed || e.evicted.Load() || e.file != nil || e.present.Load() > 0 {
+		s.mu.Unlock()
+		return
+	}
+	s.forget(e)
+	s.mu.Unlock()
+	s.remove(e)
+}

@@ -1,0 +1,123 @@
+package cachestore
+
+import (
+	"encoding/binary"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2"
+
+	"github.com/larderfs/larder/cacheworker/object"
+)
+
+// grant says that the under store answered a principal's own request for the object.
+type grant struct {
+	principal uint32 // number in Store.principals
+	at        int64  // unix nanoseconds
+}
+
+// revocation voids the grants of a principal in a store.
+type revocation struct {
+	principal object.Principal
+	store     object.Store
+}
+
+// Grant remembers that the under store answered p for obj at that time. Nothing is
+// remembered of an object without a cache file.
+func (s *Store) Grant(obj object.Object, p object.Principal, at time.Time) {
+	if p == (object.Principal{}) {
+		return
+	}
+	s.mu.Lock()
+	e := s.entries[obj.ID()]
+	if e == nil || s.closed || !s.setGrant(e, p, at.UnixNano()) {
+		s.mu.Unlock()
+		return
+	}
+	e.indexed = true
+	s.mu.Unlock()
+	key := grantKey(e.Key, e.nonce, p)
+	value := binary.BigEndian.AppendUint64(nil, uint64(at.UnixNano()))
+	s.index.writeLazily(func(b *pebble.Batch) error { return b.Set(key, value, nil) })
+}
+
+// setGrant reports whether the grant is new, or so much newer that the index should know.
+// Requires s.mu.
+func (s *Store) setGrant(e *entry, p object.Principal, at int64) bool {
+	n, ok := s.principals[p]
+	if !ok {
+		n = uint32(len(s.principals))
+		s.principals[p] = n
+	}
+	for i := range e.grants {
+		g := &e.grants[i]
+		if g.principal != n {
+			continue
+		}
+		worth := at-g.at > int64(s.cfg.GrantTTL)/64 || s.isRevoked(p, e.store, g.at)
+		if worth {
+			g.at = at
+		}
+		return worth
+	}
+	e.grants = append(e.grants, grant{n, at})
+	return true
+}
+
+// Granted reports whether p may be served cached bytes of the object.
+func (s *Store) Granted(id object.ID, p object.Principal) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := s.entries[id]
+	n, ok := s.principals[p]
+	if e == nil || !ok {
+		return false
+	}
+	for _, g := range e.grants {
+		if g.principal == n {
+			return time.Since(time.Unix(0, g.at)) < s.cfg.GrantTTL && !s.isRevoked(p, e.store, g.at)
+		}
+	}
+	return false
+}
+
+func (s *Store) isRevoked(p object.Principal, store uint32, at int64) bool {
+	until, ok := s.revoked[revocation{p, s.stores[store]}]
+	return ok && at <= until
+}
+
+// Revoke voids all grants of p in a store, because the store refused p there. It survives a restart.
+func (s *Store) Revoke(p object.Principal, store object.Store) {
+	now := time.Now().UnixNano()
+	s.mu.Lock()
+	s.revoked[revocation{p, store}] = now
+	s.mu.Unlock()
+	s.index.write(func(b *pebble.Batch) error {
+		return b.Set(revocationKey(p, store), binary.BigEndian.AppendUint64(nil, uint64(now)), nil)
+	}) // a broken index is read again only after it was opened anew, empty or not: its grants end with GrantTTL
+}
+
+func revocationKey(p object.Principal, store object.Store) []byte {
+	return append(append([]byte{spaceMeta, 'r'}, p[:]...), store...)
+}
+
+func (s *Store) loadRevocation(k, v []byte, now time.Time) {
+	if len(k) < 2+16 || k[1] != 'r' || len(v) != 8 {
+		return
+	}
+	at := int64(binary.BigEndian.Uint64(v))
+	if now.Sub(time.Unix(0, at)) > s.cfg.GrantTTL { // what it voids has ended by itself
+		s.index.deleteLater(k)
+		return
+	}
+	s.revoked[revocation{object.Principal(k[2:18]), object.Store(k[18:])}] = at
+}
+
+func (s *Store) loadGrant(e *entry, key, v []byte, now time.Time) {
+	if len(key) != 16 || len(v) != 8 {
+		return
+	}
+	at := int64(binary.BigEndian.Uint64(v))
+	if now.Sub(time.Unix(0, at)) < s.cfg.GrantTTL {
+		s.setGrant(e, object.Principal(key), at)
+	}
+}

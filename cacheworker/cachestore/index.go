@@ -1,0 +1,411 @@
+package cachestore
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/larderfs/larder/cacheworker/object"
+)
+
+// The index is one pebble database. Its keys, so that one pass over it meets a file's own
+// record before those of its chunks and grants:
+//
+//	0 m <name>                              of the index itself
+//	1 <id 16> <nonce 8> 0                   the object: store, key, version, size, mtime
+//	1 <id 16> <nonce 8> 1 <chunk 4>         xxhash64 of a chunk, epoch in which it was known to be good
+//	1 <id 16> <nonce 8> 2 <principal 16>    unix seconds of a grant
+//
+// The nonce is the cache file's: records of a file that is gone can never be taken for those of
+// the same object's next one. Numbers are big endian.
+const (
+	spaceMeta = 0
+	spaceFile = 1
+
+	kindObject = 0
+	kindChunk  = 1
+	kindGrant  = 2
+
+	filePrefixLen = 1 + 16 + 8
+)
+
+var metaEpoch = []byte{spaceMeta, 'm', 'e'} // epoch 4, boot id
+var metaClean = []byte{spaceMeta, 'm', 'c'} // present after a clean stop
+var metaFormat = []byte{spaceMeta, 'm', 'f'}
+
+const format = 1
+
+func filePrefix(id object.ID, nonce uint64) []byte {
+	k := make([]byte, filePrefixLen, filePrefixLen+17)
+	k[0] = spaceFile
+	copy(k[1:], id[:])
+	binary.BigEndian.PutUint64(k[17:], nonce)
+	return k
+}
+
+func objectKey(id object.ID, nonce uint64) []byte {
+	return append(filePrefix(id, nonce), kindObject)
+}
+
+func chunkKey(id object.ID, nonce uint64, i int) []byte {
+	return binary.BigEndian.AppendUint32(append(filePrefix(id, nonce), kindChunk), uint32(i))
+}
+
+func grantKey(id object.ID, nonce uint64, p object.Principal) []byte {
+	return append(append(filePrefix(id, nonce), kindGrant), p[:]...)
+}
+
+func encodeChunk(sum uint64, epoch uint32) []byte {
+	return binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint64(nil, sum), epoch)
+}
+
+func decodeChunk(v []byte) (sum uint64, epoch uint32, ok bool) {
+	if len(v) != 12 {
+		return 0, 0, false
+	}
+	return binary.BigEndian.Uint64(v), binary.BigEndian.Uint32(v[8:]), true
+}
+
+func encodeObject(o object.Object) []byte {
+	var b []byte
+	for _, s := range []string{string(o.Store), o.Key, o.Version} {
+		b = binary.AppendUvarint(b, uint64(len(s)))
+		b = append(b, s...)
+	}
+	b = binary.AppendUvarint(b, uint64(o.Size))
+	return binary.AppendVarint(b, o.ModTime.UnixNano())
+}
+
+// decodeObject returns the parts that are kept in memory, without allocating.
+func decodeObject(v []byte) (store []byte, sizeBytes int64, ok bool) {
+	for part := range 3 {
+		n, w := binary.Uvarint(v)
+		if w <= 0 || uint64(len(v)-w) < n {
+			return nil, 0, false
+		}
+		if part == 0 {
+			store = v[w : w+int(n)]
+		}
+		v = v[w+int(n):]
+	}
+	size, w := binary.Uvarint(v)
+	if w <= 0 || int64(size) < 0 || int64(size) > maxObjectBytes {
+		return nil, 0, false
+	}
+	return store, int64(size), true
+}
+
+// maxObjectBytes keeps chunk numbers in their 4 bytes.
+const maxObjectBytes = object.ChunkSize << 31
+
+// index serialises what is written to the database: one goroutine takes what has come
+// together into one batch. A record is in the kernel when its write returns, so a SIGKILL
+// loses nothing that was reported. If the database fails for good (its log cannot be
+// written), waiters are let go with errIndex and the store goes on reading.
+type index struct {
+	db  *pebble.DB
+	log *slog.Logger
+
+	opening atomic.Bool // pebble.Open is running: its last words become its error
+	writes  chan indexWrite
+	quit    chan struct{} // closed by close
+	done    chan struct{} // closed when the writer has ended
+	broken  chan struct{} // closed by fail
+	failed  sync.Once
+}
+
+var errIndex = errors.New("the index cannot be written")
+
+// indexWrite is one atomic change.
+type indexWrite struct {
+	apply func(*pebble.Batch) error
+	lazy  bool       // nobody waits, and it may stay in our memory for a second
+	done  chan error // buffered; nil if lazy
+}
+
+func openIndex(path string, log *slog.Logger) (*index, error) {
+	x := &index{
+		log:    log,
+		writes: make(chan indexWrite, 64),
+		quit:   make(chan struct{}), done: make(chan struct{}), broken: make(chan struct{}),
+	}
+	db, err := x.openDB(path)
+	if err != nil {
+		return nil, err
+	}
+	x.db = db
+	if err := x.checkFormat(); err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	go x.run()
+	return x, nil
+}
+
+func (x *index) openDB(path string) (db *pebble.DB, err error) {
+	x.opening.Store(true)
+	defer x.opening.Store(false)
+	defer func() {
+		if r := recover(); r != nil {
+			db, err = nil, fmt.Errorf("pebble: %v", r)
+		}
+	}()
+	return pebble.Open(path, &pebble.Options{
+		FS:     kernelFS{vfs.Default},
+		Logger: pebbleLog{x},
+		// Before the format whose log marks what was synced: ours says so without being so.
+		FormatMajorVersion: pebble.FormatColumnarBlocks,
+		MemTableSize:       8 << 20,
+		MaxOpenFiles:       256,
+	})
+}
+
+func (x *index) checkFormat() error {
+	v, err := x.get(metaFormat)
+	if err != nil {
+		return err
+	}
+	if v == nil {
+		return x.db.Set(metaFormat, []byte{format}, pebble.Sync)
+	}
+	if len(v) != 1 || v[0] != format {
+		return fmt.Errorf("index format %v is not %d", v, format)
+	}
+	return nil
+}
+
+// get returns a copy of the value, nil if there is none.
+func (x *index) get(key []byte) ([]byte, error) {
+	v, c, err := x.db.Get(key)
+	if errors.Is(err, pebble.ErrNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	return append([]byte{}, v...), nil
+}
+
+// write returns when the change is in the kernel.
+func (x *index) write(apply func(*pebble.Batch) error) error {
+	w := indexWrite{apply: apply, done: make(chan error, 1)}
+	select {
+	case x.writes <- w:
+	case <-x.broken:
+		return errIndex
+	case <-x.quit:
+		return errIndex
+	}
+	select {
+	case err := <-w.done:
+		return err
+	case <-x.broken:
+		return errIndex
+	case <-x.done:
+		select {
+		case err := <-w.done: // the writer's last one
+			return err
+		default:
+			return errIndex
+		}
+	}
+}
+
+// writeLazily is for what may be lost: a later request, not wrong bytes, is its price.
+func (x *index) writeLazily(apply func(*pebble.Batch) error) {
+	select {
+	case x.writes <- indexWrite{apply: apply, lazy: true}:
+	case <-x.broken:
+	case <-x.quit:
+	}
+}
+
+// deleteLater deletes all records with the prefix.
+func (x *index) deleteLater(prefix []byte) {
+	from := append([]byte{}, prefix...)
+	x.writeLazily(func(b *pebble.Batch) error { return b.DeleteRange(from, after(from), nil) })
+}
+
+// after is the first key behind all with the prefix.
+func after(prefix []byte) []byte {
+	end := append([]byte{}, prefix...)
+	for i := len(end) - 1; i >= 0; i-- {
+		end[i]++
+		if end[i] != 0 {
+			return end[:i+1]
+		}
+	}
+	return nil
+}
+
+const (
+	maxBatch  = 256
+	lazyAfter = time.Second // then what was written lazily goes to the kernel, too
+)
+
+func (x *index) run() {
+	defer close(x.done)
+	tick := time.NewTicker(lazyAfter)
+	defer tick.Stop()
+	lazy := false
+	for {
+		select {
+		case w := <-x.writes:
+			lazy = x.commit(w) || lazy
+		case <-tick.C:
+			if lazy {
+				x.flush()
+			}
+			lazy = false
+		case <-x.quit:
+			for {
+				select {
+				case w := <-x.writes:
+					x.commit(w)
+					continue
+				default:
+				}
+				break
+			}
+			x.flush()
+			return
+		case <-x.broken:
+			return
+		}
+	}
+}
+
+func (x *index) flush() {
+	if err := x.db.LogData(nil, pebble.Sync); err != nil {
+		x.fail(err)
+	}
+}
+
+// commit writes w and what waits behind it, and reports whether some of it may still be in
+// our memory.
+func (x *index) commit(w indexWrite) (lazy bool) {
+	b := x.db.NewBatch()
+	defer b.Close()
+	waiting := make([]chan error, 0, maxBatch)
+	for n := 0; ; n++ {
+		if err := w.apply(b); err != nil {
+			x.fail(err) // a batch in memory does not fail
+			return false
+		}
+		if !w.lazy {
+			waiting = append(waiting, w.done)
+		}
+		if n == maxBatch {
+			break
+		}
+		select {
+		case w = <-x.writes:
+			continue
+		default:
+		}
+		break
+	}
+	opts := pebble.Sync
+	if len(waiting) == 0 {
+		opts = pebble.NoSync
+	}
+	err := b.Commit(opts)
+	if err != nil {
+		x.fail(err)
+		err = errIndex
+	}
+	for _, done := range waiting {
+		done <- err
+	}
+	return len(waiting) == 0
+}
+
+// fail is the end of the index in this process.
+func (x *index) fail(err error) {
+	x.failed.Do(func() {
+		x.log.Error("cache index: nothing new is cached until the next start", "err", err)
+		close(x.broken)
+	})
+}
+
+func (x *index) isBroken() bool {
+	select {
+	case <-x.broken:
+		return true
+	default:
+		return false
+	}
+}
+
+// close ends the writer. A broken database is left to the end of the process: closing it
+// could wait for a goroutine that is no more.
+func (x *index) close() error {
+	close(x.quit)
+	select {
+	case <-x.done:
+	case <-x.broken:
+	}
+	if x.isBroken() {
+		return errIndex
+	}
+	return x.db.Close()
+}
+
+// pebbleLog takes pebble's log. A Fatalf of it must not end the worker: its readers need no index.
+type pebbleLog struct{ x *index }
+
+func (l pebbleLog) Infof(string, ...any) {}
+
+func (l pebbleLog) Errorf(format string, args ...any) {
+	l.x.log.Warn("cache index", "err", fmt.Sprintf(format, args...))
+}
+
+func (l pebbleLog) Fatalf(format string, args ...any) {
+	if l.x.opening.Load() {
+		panic(fmt.Errorf(format, args...)) // recovered by openDB
+	}
+	l.x.fail(fmt.Errorf(format, args...))
+	select {} // pebble relies on Fatalf not returning; nobody waits for its goroutines any more
+}
+
+// kernelFS makes a sync of pebble's log end in the kernel, not on the disk. A SIGKILL loses
+// nothing then, and after a power cut every chunk is checked anyway. (pebble.NoSync would
+// keep up to 32 KiB of log, some hundred chunks, in this process.) A log that is closed
+// is synced, because pebble takes only the last one with a torn end. Tables and the
+// manifest are synced as pebble wants.
+type kernelFS struct{ vfs.FS }
+
+func (k kernelFS) Create(name string, c vfs.DiskWriteCategory) (vfs.File, error) {
+	f, err := k.FS.Create(name, c)
+	return wrapLog(name, f), err
+}
+
+func (k kernelFS) ReuseForWrite(from, to string, c vfs.DiskWriteCategory) (vfs.File, error) {
+	f, err := k.FS.ReuseForWrite(from, to, c)
+	return wrapLog(to, f), err
+}
+
+func (k kernelFS) Unwrap() vfs.FS { return k.FS }
+
+func wrapLog(name string, f vfs.File) vfs.File {
+	if f == nil || !strings.HasSuffix(name, ".log") {
+		return f
+	}
+	return logFile{f}
+}
+
+type logFile struct{ vfs.File }
+
+func (logFile) Sync() error                { return nil }
+func (logFile) SyncData() error            { return nil }
+func (logFile) SyncTo(int64) (bool, error) { return false, nil }
+
+func (f logFile) Close() error { return errors.Join(f.File.SyncData(), f.File.Close()) }

@@ -1,0 +1,416 @@
+// Package cachestore keeps cache files: one sparse local file per object, in one tier
+// directory with a capacity.
+//
+// A chunk, once present, never changes. Hence a reader needs no lock, a descriptor can be
+// given away, and eviction is unlink. A chunk's index record is written after its bytes, so
+// after a SIGKILL the index tells the truth; after another boot of the machine every chunk
+// is checked against its checksum before its first use, and a bad one is a miss.
+//
+// Bytes are counted until they have left the disk: an evicted file that somebody outside
+// still holds (a descriptor, a mapping, a backing file of a FUSE mount) stays in the folder
+// "held" and in the count until a write lease on it (F_SETLEASE) says that nobody does.
+package cachestore
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"math/bits"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/cacheworker/policy"
+)
+
+// Config is one tier.
+type Config struct {
+	Dir     string // of the tier, existing; owned by this process; may be /proc/self/fd/N
+	ViewDir string // the same directory through a read-only mount; "" means that no descriptor can be given away
+
+	CapacityBytes int64 // of cache files, whole blocks; 0 means nine tenths of the file system. The index is not in it
+	MinFreeBytes  int64 // of the file system, kept free by evicting; never less than 8 MiB, which the index needs
+	MinFreeInodes int64
+
+	BootID   string        // of the machine; "" reads /proc/sys/kernel/random/boot_id
+	LockWait time.Duration // for another process that has the directory; 0 means 10 s
+	GrantTTL time.Duration // 0 means 24 h
+	Log      *slog.Logger  // nil means slog.Default()
+}
+
+// Store is one tier of cache files. All methods are safe for concurrent use.
+type Store struct {
+	cfg     Config
+	log     *slog.Logger
+	dir     dir
+	view    dir // zero without Config.ViewDir
+	lock    *os.File
+	index   *index
+	uuid    uuid.UUID
+	nodeKey []byte
+	epoch   uint32 // of this boot; a chunk record of another epoch is unverified
+
+	quit context.CancelFunc
+	done chan struct{} // closed when the janitor has ended
+
+	onEvict atomic.Pointer[func(object.ID)]
+	counters
+	fullLogged atomic.Bool // since the last Put that succeeded
+
+	evicting sync.Mutex // one eviction or probe at a time; held across its file I/O, taken before mu
+
+	mu         sync.Mutex // guards the fields below; never held across file I/O
+	closed     bool
+	entries    map[object.ID]*entry
+	policy     *policy.Cache[object.ID] // of all entries
+	leased     int                      // entries with leases: eviction passes over them
+	cached     int64                    // bytes of present chunks of entries
+	complete   int                      // entries complete and verified
+	live       int64                    // bytes on disk of entries, and reserved for Puts in flight
+	held       map[heldKey]int64        // evicted files that are not gone yet: bytes on disk
+	heldBytes  int64                    // sum of held
+	probedAt   time.Time
+	fsRoom     room // as of fsAt, less what was written since
+	fsAt       time.Time
+	storeIDs   map[object.Store]uint32
+	stores     []object.Store
+	principals map[object.Principal]uint32
+	revoked    map[revocation]int64 // grants up to then (unix nanoseconds) are void
+}
+
+type counters struct {
+	evictions, evictedBytes        atomic.Int64
+	rejected, badChunks, putErrors atomic.Int64
+}
+
+// Stats is a snapshot.
+type Stats struct {
+	CapacityBytes   int64
+	CachedBytes     int64 // of present chunks of live files
+	DiskBytes       int64 // whole blocks of live files, room taken for Puts in flight, and UnlinkedBytes; at most CapacityBytes
+	UnlinkedBytes   int64 // of evicted files that somebody still holds
+	Objects         int
+	CompleteObjects int // complete and verified
+	LeasedObjects   int
+	UnlinkedFiles   int
+
+	Evictions    int64 // since the start, as all below
+	EvictedBytes int64 // of present chunks
+	Rejected     int64 // Opens and Puts that found no room
+	BadChunks    int64 // chunks that were not what their sum says, or not there
+	PutErrors    int64 // Puts that the file system or the index refused
+}
+
+// Info is what [Store.Peek] knows.
+type Info struct {
+	Exists       bool
+	Complete     bool // present and verified, every chunk
+	PresentBytes int64
+}
+
+// Open opens the tier: takes its lock, reads the index, removes what belongs to no object. An
+// index that cannot be read is removed together with all cache files.
+func Open(cfg Config) (_ *Store, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("open cache %s: %w", cfg.Dir, err)
+		}
+	}()
+	s := &Store{
+		cfg: cfg, log: cfg.Log, done: make(chan struct{}),
+		entries: make(map[object.ID]*entry), held: make(map[heldKey]int64),
+		storeIDs: make(map[object.Store]uint32), principals: make(map[object.Principal]uint32),
+		revoked: make(map[revocation]int64),
+	}
+	defer func() {
+		if err != nil {
+			s.closeFiles()
+		}
+	}()
+	if err := s.setDefaults(); err != nil {
+		return nil, err
+	}
+	if s.dir, err = openDir(cfg.Dir); err != nil {
+		return nil, err
+	}
+	if cfg.ViewDir != "" {
+		if s.view, err = openDir(cfg.ViewDir); err != nil {
+			return nil, err
+		}
+	}
+	if s.lock, err = s.dir.lock(context.Background(), s.cfg.LockWait); err != nil {
+		return nil, err
+	}
+	if s.fsRoom, err = s.dir.room(); err != nil {
+		return nil, err
+	}
+	s.fsAt = time.Now()
+	if s.cfg.CapacityBytes == 0 {
+		s.cfg.CapacityBytes = s.fsRoom.totalBytes / 10 * 9
+	}
+	s.policy = policy.New[object.ID](s.cfg.CapacityBytes)
+	if err := s.openIdentity(); err != nil {
+		return nil, err
+	}
+	unclean, err := s.recover()
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	s.quit = cancel
+	go s.janitor(ctx, unclean)
+	return s, nil
+}
+
+// minHeadroom of the file system is left to the index: a full disk must not stop it.
+const minHeadroom = 8 << 20
+
+func (s *Store) setDefaults() error {
+	c := &s.cfg
+	if c.CapacityBytes < 0 || c.MinFreeBytes < 0 || c.MinFreeInodes < 0 {
+		return fmt.Errorf("%w: negative capacity or free room", object.ErrInvalid)
+	}
+	c.MinFreeBytes = max(c.MinFreeBytes, minHeadroom)
+	if c.LockWait == 0 {
+		c.LockWait = 10 * time.Second
+	}
+	if c.GrantTTL == 0 {
+		c.GrantTTL = 24 * time.Hour
+	}
+	if c.Log == nil {
+		s.log = slog.Default()
+	}
+	if c.BootID == "" {
+		b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+		if err != nil {
+			return err
+		}
+		c.BootID = strings.TrimSpace(string(b))
+	}
+	return nil
+}
+
+// openIdentity reads or makes what outlives the cache's contents.
+func (s *Store) openIdentity() error {
+	text, err := s.keep(uuidName, func() []byte { return []byte(uuid.NewString() + "\n") })
+	if err != nil {
+		return err
+	}
+	if s.uuid, err = uuid.ParseBytes([]byte(strings.TrimSpace(string(text)))); err != nil {
+		return fmt.Errorf("%s: %w", uuidName, err)
+	}
+	s.nodeKey, err = s.keep(nodeKeyName, func() []byte {
+		key := make([]byte, 32)
+		rand.Read(key)
+		return key
+	})
+	if err == nil && len(s.nodeKey) != 32 {
+		err = fmt.Errorf("%s: %d bytes instead of 32", nodeKeyName, len(s.nodeKey))
+	}
+	return err
+}
+
+// keep reads a small file, or makes it whole: written aside, synced, renamed.
+func (s *Store) keep(name string, content func() []byte) ([]byte, error) {
+	f, err := s.dir.open(name, unix.O_RDONLY, 0)
+	if err == nil {
+		defer f.Close()
+		return io.ReadAll(f)
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	tmp := name + ".new"
+	if f, err = s.dir.open(tmp, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC, 0o600); err != nil {
+		return nil, err
+	}
+	b := content()
+	_, err = f.Write(b)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return nil, err
+	}
+	if err := s.dir.rename(tmp, name); err != nil {
+		return nil, err
+	}
+	return b, s.dir.f.Sync()
+}
+
+// UUID is the worker's, kept with the cache.
+func (s *Store) UUID() uuid.UUID { return s.uuid }
+
+// NodeKey is the secret under which principals are made, kept with the cache.
+func (s *Store) NodeKey() []byte { return s.nodeKey }
+
+// OnEvict sets what is called after a file was unlinked, without locks held, possibly by
+// several goroutines at once. It must not wait for a Put.
+func (s *Store) OnEvict(f func(object.ID)) { s.onEvict.Store(&f) }
+
+// Peek tells what is cached of an object, without a lease.
+func (s *Store) Peek(id object.ID) Info {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := s.entries[id]
+	if e == nil {
+		return Info{}
+	}
+	return Info{Exists: true, Complete: e.complete(), PresentBytes: e.presentBytes()}
+}
+
+// Stats is cheap enough for every scrape.
+func (s *Store) Stats() Stats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return Stats{
+		CapacityBytes: s.cfg.CapacityBytes, CachedBytes: s.cached,
+		DiskBytes: s.live + s.heldBytes, UnlinkedBytes: s.heldBytes,
+		Objects: len(s.entries), CompleteObjects: s.complete, LeasedObjects: s.leased, UnlinkedFiles: len(s.held),
+		Evictions: s.evictions.Load(), EvictedBytes: s.evictedBytes.Load(), Rejected: s.rejected.Load(),
+		BadChunks: s.badChunks.Load(), PutErrors: s.putErrors.Load(),
+	}
+}
+
+// Close writes the index out and gives the directory up. Files still open go on reading
+// until they are closed; their Puts fail.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
+	s.closed = true
+	s.mu.Unlock()
+	s.quit()
+	<-s.done
+	s.evicting.Lock() // whoever evicts has ended
+	defer s.evicting.Unlock()
+	s.markClean()
+	err := s.index.close()
+	s.closeFiles()
+	return err
+}
+
+func (s *Store) closeFiles() {
+	for _, f := range []*os.File{s.lock, s.view.f, s.dir.f} {
+		if f != nil {
+			f.Close()
+		}
+	}
+}
+
+// entry is one object's cache file. A million of them must fit: no more than some 200 bytes
+// each, and no allocation per chunk.
+type entry struct {
+	policy.Node[object.ID] // Key, and bytes on disk: of present chunks and waste; under Store.mu
+	nonce                  uint64
+	size                   int64
+	bits                   []atomic.Uint64 // first half: present chunks; second half: those of them verified
+	present, verified      atomic.Int32    // how many
+	file                   *file           // while leased; under Store.mu
+	grants                 []grant         // under Store.mu
+	waste                  []uint32        // chunks not present whose bytes are counted all the same; under Store.mu
+	store                  uint32          // number of its object.Store
+	indexed                bool            // may have records in the index; under Store.mu
+	seen                   bool            // its file was found; during recovery
+	evicted                atomic.Bool
+}
+
+func newEntry(id object.ID, nonce uint64, size int64) *entry {
+	e := &entry{Node: policy.Node[object.ID]{Key: id}, nonce: nonce, size: size}
+	words := (e.chunks() + 63) / 64
+	e.bits = make([]atomic.Uint64, 2*words)
+	return e
+}
+
+func (e *entry) chunks() int { return object.Object{Size: e.size}.Chunks() }
+
+func (e *entry) chunkLen(i int) int { return object.Object{Size: e.size}.ChunkLen(i) }
+
+func (e *entry) isPresent(i int) bool { return e.bits[i/64].Load()>>(i%64)&1 == 1 }
+
+func (e *entry) isVerified(i int) bool {
+	return e.bits[len(e.bits)/2+i/64].Load()>>(i%64)&1 == 1
+}
+
+func (e *entry) complete() bool { return int(e.verified.Load()) == e.chunks() }
+
+// setPresent and setVerified report whether the bit is new. Present is set first and taken
+// away last, so a verified chunk is always present.
+func (e *entry) setPresent(i int) bool {
+	if e.bits[i/64].Or(1<<(i%64))>>(i%64)&1 == 1 {
+		return false
+	}
+	e.present.Add(1)
+	return true
+}
+
+func (e *entry) setVerified(i int) bool {
+	if e.bits[len(e.bits)/2+i/64].Or(1<<(i%64))>>(i%64)&1 == 1 {
+		return false
+	}
+	e.verified.Add(1)
+	return true
+}
+
+// clear takes a chunk away and reports whether it was present.
+func (e *entry) clear(i int) bool {
+	mask := ^(uint64(1) << (i % 64))
+	if e.bits[len(e.bits)/2+i/64].And(mask)>>(i%64)&1 == 1 {
+		e.verified.Add(-1)
+	}
+	if e.bits[i/64].And(mask)>>(i%64)&1 == 0 {
+		return false
+	}
+	e.present.Add(-1)
+	return true
+}
+
+// presentBytes are those of the chunks, not of the disk.
+func (e *entry) presentBytes() int64 {
+	n := int64(e.present.Load()) * object.ChunkSize
+	if last := e.chunks() - 1; last >= 0 && e.isPresent(last) {
+		n -= object.ChunkSize - int64(e.chunkLen(last))
+	}
+	return n
+}
+
+// presentChunks calls f for each.
+func (e *entry) presentChunks(f func(i int)) {
+	for w := range len(e.bits) / 2 {
+		for b := e.bits[w].Load(); b != 0; b &= b - 1 {
+			f(w*64 + bits.TrailingZeros64(b))
+		}
+	}
+}
+
+func (s *Store) storeID(name object.Store) uint32 {
+	id, ok := s.storeIDs[name]
+	if !ok {
+		id = uint32(len(s.stores))
+		s.storeIDs[name] = id
+		s.stores = append(s.stores, name)
+	}
+	return id
+}
+
+func newNonce() uint64 {
+	var b [8]byte
+	rand.Read(b[:])
+	return binary.BigEndian.Uint64(b[:])
+}
+
+// deleteRecords forgets a file in the index. Without it (the index is broken) the next start
+// finds records without a file and drops them.
+func (s *Store) deleteRecords(id object.ID, nonce uint64) {
+	s.index.deleteLater(filePrefix(id, nonce))
+}
