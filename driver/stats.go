@@ -1,0 +1,116 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/cacheworker/workerpb"
+)
+
+// Stats asks the worker about a volume it serves; object.ErrNotFound if it serves no such.
+type Stats interface {
+	VolumeStats(ctx context.Context, volumeID string) (VolumeStats, error)
+}
+
+// VolumeStats is what a worker knows of a volume.
+type VolumeStats struct {
+	CachedBytes int64
+	TotalBytes  int64 // of the files seen so far
+	Healthy     bool
+	Condition   string // why not
+}
+
+// WorkerStats asks a worker over its control socket.
+type WorkerStats struct{ Conn grpc.ClientConnInterface }
+
+// VolumeStats implements [Stats].
+func (w WorkerStats) VolumeStats(ctx context.Context, volumeID string) (VolumeStats, error) {
+	r, err := workerpb.NewWorkerClient(w.Conn).Volume(ctx, &workerpb.VolumeRequest{VolumeId: volumeID})
+	switch status.Code(err) {
+	case codes.OK:
+		return VolumeStats{CachedBytes: r.GetUsedBytes(), TotalBytes: r.GetTotalBytes(), Healthy: r.GetHealthy(), Condition: r.GetCondition()}, nil
+	case codes.NotFound:
+		return VolumeStats{}, fmt.Errorf("the worker serves no volume %s: %w", quote(volumeID), object.ErrNotFound)
+	case codes.DeadlineExceeded, codes.Canceled:
+		if ctx.Err() != nil {
+			return VolumeStats{}, fmt.Errorf("ask the worker: %w", context.Cause(ctx))
+		}
+	}
+	return VolumeStats{}, fmt.Errorf("ask the worker: %s: %w", status.Convert(err).Message(), object.ErrUnavailable)
+}
+
+// NodeGetVolumeStats reports bytes cached of bytes seen. What is available is reported as
+// what is there: a dataset that is read-only cannot fill up, and nobody shall be woken for it.
+func (n *node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {
+	id := req.GetVolumeId()
+	if err := checkID(id); err != nil {
+		return nil, err
+	}
+	if req.GetVolumePath() == "" {
+		return nil, fmt.Errorf("volume_path: missing: %w", object.ErrInvalid)
+	}
+	v, err := n.look(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if !v.shows(id, req.GetVolumePath()) || req.GetStagingTargetPath() != "" && !v.shows(id, req.GetStagingTargetPath()) {
+		return nil, fmt.Errorf("volume_path: volume %s is not at %s: %w", quote(id), quote(req.GetVolumePath()), object.ErrNotFound)
+	}
+	s, err := n.stats.VolumeStats(ctx, id)
+	if errors.Is(err, object.ErrNotFound) {
+		return nil, fmt.Errorf("volume %s is mounted, but its worker has not taken it yet: %w", quote(id), object.ErrUnavailable)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{
+		{Unit: csi.VolumeUsage_BYTES, Total: s.TotalBytes, Used: s.CachedBytes, Available: s.TotalBytes},
+	}}, nil
+}
+
+// shows reports whether the volume is mounted or published at a path.
+func (v view) shows(id, path string) bool {
+	m, ok := v.volume(id)
+	if !ok || checkPath("", path) != nil {
+		return false
+	}
+	path, err := resolve("", path)
+	p, mounted := v.table.at(path)
+	return err == nil && mounted && v.is(p, m)
+}
+
+func (n *node) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVolumeHealthRequest) (*csi.NodeGetVolumeHealthResponse, error) {
+	id := req.GetVolumeId()
+	if err := checkID(id); err != nil {
+		return nil, err
+	}
+	v, err := n.look(ctx)
+	if err != nil {
+		return nil, err
+	}
+	m, ok := v.volume(id)
+	if !ok {
+		return nil, fmt.Errorf("volume %s is not on this node: %w", quote(id), object.ErrNotFound)
+	}
+	h := &csi.VolumeHealth{VolumeId: id}
+	ill := func(status csi.VolumeHealthErrorType, reason, message string) {
+		h.HealthStatuses = append(h.HealthStatuses, &csi.VolumeHealth_VolumeHealthEntry{Status: status, Reason: reason, Message: message})
+	}
+	s, err := n.stats.VolumeStats(ctx, id)
+	switch {
+	case !v.live(m):
+		ill(csi.VolumeHealthErrorType_INACCESSIBLE, "Unmounted", "the volume's mount at "+m.Path+" is gone; its pods must be started again")
+	case !m.Served || err != nil:
+		ill(csi.VolumeHealthErrorType_DEGRADED, "WorkerAway", "no worker serves the volume now; reads of what is not in the page cache wait")
+	case !s.Healthy:
+		ill(csi.VolumeHealthErrorType_DEGRADED, "SourceFailing", s.Condition)
+	}
+	return &csi.NodeGetVolumeHealthResponse{VolumeHealth: h}, nil
+}
