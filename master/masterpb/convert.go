@@ -1,0 +1,216 @@
+// Package masterpb is the master's protocol: generated from master.proto, and here the one
+// place where its messages and codes become the types and errors of package record.
+package masterpb
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/larderfs/larder/master/record"
+)
+
+// codeOf is the whole mapping, in both directions; what it does not list is Internal.
+var codeOf = []struct {
+	err  error
+	code codes.Code
+}{
+	{record.ErrInvalid, codes.InvalidArgument},
+	{record.ErrNotFound, codes.NotFound},
+	{record.ErrExists, codes.AlreadyExists},
+	{record.ErrExhausted, codes.ResourceExhausted},
+	{record.ErrBadToken, codes.OutOfRange},
+	{record.ErrUnavailable, codes.Unavailable},
+	{context.DeadlineExceeded, codes.DeadlineExceeded},
+	{context.Canceled, codes.Canceled},
+}
+
+// ToStatus makes the error that goes over the wire.
+func ToStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	for _, row := range codeOf {
+		if errors.Is(err, row.err) {
+			return status.Error(row.code, err.Error())
+		}
+	}
+	return status.Error(codes.Internal, err.Error())
+}
+
+// FromStatus makes an error that has the server's text and wraps the sentinel. A master that
+// did not answer in time is unavailable too.
+func FromStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	s := status.Convert(err)
+	for _, row := range codeOf {
+		if s.Code() != row.code {
+			continue
+		}
+		if row.code == codes.DeadlineExceeded {
+			return &remoteError{s.Message(), []error{row.err, record.ErrUnavailable}}
+		}
+		return &remoteError{s.Message(), []error{row.err}}
+	}
+	return &remoteError{s.Message(), nil}
+}
+
+type remoteError struct {
+	text  string
+	wraps []error
+}
+
+func (e *remoteError) Error() string   { return e.text }
+func (e *remoteError) Unwrap() []error { return e.wraps }
+
+// FromVolume and the functions below convert between messages and records.
+func FromVolume(v record.Volume) *Volume {
+	return &Volume{
+		Id: v.ID, Name: v.Name, Parameters: v.Parameters, CapacityBytes: v.CapacityBytes, Node: v.Node,
+		Created: fromTime(v.Created), PublishedNodes: v.PublishedNodes,
+	}
+}
+
+// Record is the volume that the message tells about; a nil message is the zero volume.
+func (x *Volume) Record() record.Volume {
+	return record.Volume{
+		ID: x.GetId(), Name: x.GetName(), Parameters: x.GetParameters(), CapacityBytes: x.GetCapacityBytes(), Node: x.GetNode(),
+		Created: toTime(x.GetCreated()), PublishedNodes: x.GetPublishedNodes(),
+	}
+}
+
+// FromSpec makes the request for a volume.
+func FromSpec(s record.VolumeSpec) *CreateVolumeRequest {
+	return &CreateVolumeRequest{
+		Name: s.Name, Parameters: s.Parameters, CapacityBytes: s.CapacityBytes, LimitBytes: s.LimitBytes, Nodes: s.Nodes,
+	}
+}
+
+// Spec is the inverse of FromSpec.
+func (x *CreateVolumeRequest) Spec() record.VolumeSpec {
+	return record.VolumeSpec{
+		Name: x.GetName(), Parameters: x.GetParameters(), CapacityBytes: x.GetCapacityBytes(), LimitBytes: x.GetLimitBytes(), Nodes: x.GetNodes(),
+	}
+}
+
+// FromRegistration leaves the fields of Worker empty that the master sets.
+func FromRegistration(r record.Registration) *Worker {
+	w := &Worker{Uuid: r.UUID, Node: r.Node, Version: r.Version, CapacityBytes: r.CapacityBytes, Addresses: r.Addresses}
+	for _, p := range r.Volumes {
+		w.Volumes = append(w.Volumes, &PublishedVolume{Volume: FromVolume(p.Volume), Inline: p.Inline})
+	}
+	return w
+}
+
+// Registration is the inverse of FromRegistration.
+func (x *Worker) Registration() record.Registration {
+	r := record.Registration{
+		UUID: x.GetUuid(), Node: x.GetNode(), Version: x.GetVersion(), CapacityBytes: x.GetCapacityBytes(), Addresses: x.GetAddresses(),
+	}
+	for _, p := range x.GetVolumes() {
+		r.Volumes = append(r.Volumes, record.Published{Volume: p.GetVolume().Record(), Inline: p.GetInline()})
+	}
+	return r
+}
+
+// FromWorker makes the whole message.
+func FromWorker(w record.Worker) *Worker {
+	x := FromRegistration(w.Registration)
+	x.Registered, x.Seen, x.ReservedBytes = fromTime(w.Registered), fromTime(w.Seen), w.ReservedBytes
+	x.Stats, x.Holdings = FromBeat(w.Beat)
+	return x
+}
+
+// Record is the inverse of FromWorker.
+func (x *Worker) Record() record.Worker {
+	return record.Worker{
+		Registration: x.Registration(), Beat: ToBeat(x.GetStats(), x.GetHoldings()),
+		Registered: toTime(x.GetRegistered()), Seen: toTime(x.GetSeen()), ReservedBytes: x.GetReservedBytes(),
+	}
+}
+
+// FromBeat makes the two messages that a beat is on the wire.
+func FromBeat(b record.Beat) (*WorkerStats, []*Holding) {
+	s := &WorkerStats{
+		CachedBytes: b.Stats.CachedBytes, Objects: b.Stats.Objects, CompleteObjects: b.Stats.CompleteObjects,
+		ReadRequests: b.Stats.ReadRequests, ReadBytes: b.Stats.ReadBytes, FetchedBytes: b.Stats.FetchedBytes,
+		HitChunks: b.Stats.HitChunks, MissChunks: b.Stats.MissChunks, EvictedBytes: b.Stats.EvictedBytes,
+	}
+	var hs []*Holding
+	for _, h := range b.Holdings {
+		hs = append(hs, &Holding{VolumeId: h.VolumeID, CachedBytes: h.CachedBytes, Objects: h.Objects})
+	}
+	return s, hs
+}
+
+// ToBeat is the inverse of FromBeat.
+func ToBeat(s *WorkerStats, hs []*Holding) record.Beat {
+	b := record.Beat{Stats: record.Stats{
+		CachedBytes: s.GetCachedBytes(), Objects: s.GetObjects(), CompleteObjects: s.GetCompleteObjects(),
+		ReadRequests: s.GetReadRequests(), ReadBytes: s.GetReadBytes(), FetchedBytes: s.GetFetchedBytes(),
+		HitChunks: s.GetHitChunks(), MissChunks: s.GetMissChunks(), EvictedBytes: s.GetEvictedBytes(),
+	}}
+	for _, h := range hs {
+		b.Holdings = append(b.Holdings, record.Holding{VolumeID: h.GetVolumeId(), CachedBytes: h.GetCachedBytes(), Objects: h.GetObjects()})
+	}
+	return b
+}
+
+// FromCapacity makes the message.
+func FromCapacity(c record.Capacity) *Capacity {
+	return &Capacity{
+		CapacityBytes: c.CapacityBytes, ReservedBytes: c.ReservedBytes, AvailableBytes: c.AvailableBytes, LargestBytes: c.LargestBytes,
+	}
+}
+
+// Record is the inverse of FromCapacity.
+func (x *Capacity) Record() record.Capacity {
+	return record.Capacity{
+		CapacityBytes: x.GetCapacityBytes(), ReservedBytes: x.GetReservedBytes(), AvailableBytes: x.GetAvailableBytes(), LargestBytes: x.GetLargestBytes(),
+	}
+}
+
+// FromMount makes the message.
+func FromMount(m record.Mount) *Mount { return &Mount{Path: m.Path, Uri: m.URI, Options: m.Options} }
+
+// Record is the inverse of FromMount.
+func (x *Mount) Record() record.Mount {
+	return record.Mount{Path: x.GetPath(), URI: x.GetUri(), Options: x.GetOptions()}
+}
+
+// FromMasterStatus makes the message.
+func FromMasterStatus(s record.Status) *MasterStatus {
+	return &MasterStatus{
+		Version: s.Version, Pid: int64(s.PID), Started: fromTime(s.Started), Embedded: s.Embedded, StoreBytes: s.StoreBytes,
+		StoreRevision: s.StoreRevision, Workers: s.Workers, Volumes: s.Volumes, Mounts: s.Mounts,
+	}
+}
+
+// Record is the inverse of FromMasterStatus.
+func (x *MasterStatus) Record() record.Status {
+	return record.Status{
+		Version: x.GetVersion(), PID: int(x.GetPid()), Started: toTime(x.GetStarted()), Embedded: x.GetEmbedded(), StoreBytes: x.GetStoreBytes(),
+		StoreRevision: x.GetStoreRevision(), Workers: x.GetWorkers(), Volumes: x.GetVolumes(), Mounts: x.GetMounts(),
+	}
+}
+
+// fromTime and toTime keep the zero time, which has no timestamp, apart from the epoch.
+func fromTime(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
+}
+
+func toTime(t *timestamppb.Timestamp) time.Time {
+	if t == nil {
+		return time.Time{}
+	}
+	return t.AsTime()
+}

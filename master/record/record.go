@@ -1,0 +1,145 @@
+// Package record holds what the master remembers: volumes, workers and mounts.
+//
+// No record holds a credential: [Volume.Validate], [Registration.Validate] and
+// [Mount.Validate] refuse what looks like one, and nothing is stored that they refuse. A
+// volume's id is made from its name, so a master that lost everything names it alike. The
+// package is a leaf: the master, its client and the wire between them use it.
+package record
+
+import (
+	"errors"
+	"maps"
+	"time"
+)
+
+// The decisions callers make. Everything else is wrapped with what was being done to what.
+var (
+	ErrInvalid     = errors.New("invalid argument")
+	ErrNotFound    = errors.New("not found")
+	ErrExists      = errors.New("already exists and differs")
+	ErrExhausted   = errors.New("not enough capacity")
+	ErrBadToken    = errors.New("bad page token")
+	ErrUnavailable = errors.New("unavailable") // the store, or no worker on the node: try again
+)
+
+// Volume is what CSI provisions.
+type Volume struct {
+	ID            string            `json:"id"`
+	Name          string            `json:"name,omitempty"` // "" if remembered from a worker that did not know it
+	Parameters    map[string]string `json:"parameters,omitempty"`
+	CapacityBytes int64             `json:"capacityBytes,omitempty"`
+	Node          string            `json:"node,omitempty"` // bound to it, reserving its capacity; "" for all nodes
+	Created       time.Time         `json:"created"`
+
+	PublishedNodes []string `json:"-"` // set by the master, from the workers whose lease holds
+}
+
+// VolumeSpec asks for a volume.
+type VolumeSpec struct {
+	Name          string
+	Parameters    map[string]string
+	CapacityBytes int64
+	LimitBytes    int64    // an existing volume may have at most this; 0 for no limit
+	Nodes         []string // bind to the first that has room; none for all nodes
+}
+
+// Matches reports whether v is what the spec asks for, so that creating it again is no error.
+func (s VolumeSpec) Matches(v Volume) bool {
+	fits := v.CapacityBytes >= s.CapacityBytes && (s.LimitBytes == 0 || v.CapacityBytes <= s.LimitBytes)
+	if v.Name == "" { // remembered from a worker: its capacity may not be known either
+		fits = fits || v.CapacityBytes == 0
+	}
+	return fits && (v.Name == "" || v.Name == s.Name) && s.bindsTo(v.Node) && maps.Equal(s.Parameters, v.Parameters)
+}
+
+func (s VolumeSpec) bindsTo(node string) bool {
+	if len(s.Nodes) == 0 {
+		return node == ""
+	}
+	for _, n := range s.Nodes {
+		if n == node {
+			return true
+		}
+	}
+	return false
+}
+
+// Registration is what a worker tells about itself.
+type Registration struct {
+	UUID          string      `json:"uuid"`
+	Node          string      `json:"node"` // one worker per node: the last to register
+	Version       string      `json:"version,omitempty"`
+	CapacityBytes int64       `json:"capacityBytes"`
+	Addresses     []string    `json:"addresses,omitempty"` // host:port, for peers
+	Volumes       []Published `json:"volumes,omitempty"`
+}
+
+// Published is a volume that is published on a node, as far as its attributes tell: at
+// least the id. Inline ones never become volumes of the master.
+type Published struct {
+	Volume Volume `json:"volume"`
+	Inline bool   `json:"inline,omitempty"`
+}
+
+// Beat is what a worker tells with a heartbeat. It is kept in memory only.
+type Beat struct {
+	Stats    Stats
+	Holdings []Holding
+}
+
+// Stats count since the worker started, except for the first three.
+type Stats struct {
+	CachedBytes     int64
+	Objects         int64
+	CompleteObjects int64
+	ReadRequests    uint64
+	ReadBytes       uint64
+	FetchedBytes    uint64
+	HitChunks       uint64
+	MissChunks      uint64
+	EvictedBytes    uint64
+}
+
+// Holding sums up what a worker has cached of one volume's source.
+type Holding struct {
+	VolumeID    string
+	CachedBytes int64
+	Objects     int64
+}
+
+// Worker is a worker whose lease holds. Of its Volumes only the ids are kept.
+type Worker struct {
+	Registration
+	Beat
+	Registered    time.Time
+	Seen          time.Time // last heartbeat; zero if none since the master started
+	ReservedBytes int64     // by volumes bound to its node
+}
+
+// Capacity is that of one node or of all.
+type Capacity struct {
+	CapacityBytes  int64
+	ReservedBytes  int64
+	AvailableBytes int64
+	LargestBytes   int64 // the most that one volume can reserve
+}
+
+// Mount joins a path of the namespace to an under store.
+type Mount struct {
+	Path    string            `json:"path"` // absolute, clean
+	URI     string            `json:"uri"`
+	Options map[string]string `json:"options,omitempty"`
+}
+
+// Status is the master's own.
+type Status struct {
+	Version       string
+	PID           int
+	Started       time.Time
+	Embedded      bool  // the store is in the master's process
+	StoreBytes    int64 // on disk
+	StoreRevision int64
+	Workers       int64
+	Volumes       int64
+	Mounts        int64
+}

@@ -1,0 +1,110 @@
+package master
+
+import (
+	"context"
+	"os"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/larderfs/larder/master/masterpb"
+	"github.com/larderfs/larder/master/registry"
+)
+
+// server translates messages to records and calls the registry; intercept translates errors.
+type server struct {
+	masterpb.UnimplementedMasterServer
+	reg    *registry.Registry
+	master *Master
+}
+
+// intercept bounds a call, and makes codes of errors.
+func (m *Master) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	resp, err := handle(ctx, req)
+	if err == nil {
+		return resp, nil
+	}
+	err = masterpb.ToStatus(err)
+	switch status.Code(err) {
+	case codes.Internal, codes.Unavailable:
+		m.cfg.Log.Error("call failed", "method", info.FullMethod, "err", err)
+	}
+	return nil, err
+}
+
+func millis(d time.Duration) int64 { return d.Milliseconds() }
+
+func (s *server) RegisterWorker(ctx context.Context, req *masterpb.RegisterWorkerRequest) (*masterpb.RegisterWorkerResponse, error) {
+	lease, err := s.reg.Register(ctx, req.GetWorker().Registration())
+	return &masterpb.RegisterWorkerResponse{LeaseMillis: millis(lease)}, err
+}
+
+func (s *server) Heartbeat(ctx context.Context, req *masterpb.HeartbeatRequest) (*masterpb.HeartbeatResponse, error) {
+	known, lease, err := s.reg.Heartbeat(ctx, req.GetUuid(), req.GetNode(), masterpb.ToBeat(req.GetStats(), req.GetHoldings()))
+	return &masterpb.HeartbeatResponse{Unknown: !known, LeaseMillis: millis(lease)}, err
+}
+
+func (s *server) ListWorkers(ctx context.Context, _ *masterpb.ListWorkersRequest) (*masterpb.ListWorkersResponse, error) {
+	ws, err := s.reg.Workers(ctx)
+	resp := &masterpb.ListWorkersResponse{}
+	for _, w := range ws {
+		resp.Workers = append(resp.Workers, masterpb.FromWorker(w))
+	}
+	return resp, err
+}
+
+func (s *server) CreateVolume(ctx context.Context, req *masterpb.CreateVolumeRequest) (*masterpb.Volume, error) {
+	v, err := s.reg.CreateVolume(ctx, req.Spec())
+	return masterpb.FromVolume(v), err
+}
+
+func (s *server) DeleteVolume(ctx context.Context, req *masterpb.DeleteVolumeRequest) (*masterpb.DeleteVolumeResponse, error) {
+	return &masterpb.DeleteVolumeResponse{}, s.reg.DeleteVolume(ctx, req.GetId())
+}
+
+func (s *server) GetVolume(ctx context.Context, req *masterpb.GetVolumeRequest) (*masterpb.Volume, error) {
+	v, err := s.reg.Volume(ctx, req.GetId())
+	return masterpb.FromVolume(v), err
+}
+
+func (s *server) ListVolumes(ctx context.Context, req *masterpb.ListVolumesRequest) (*masterpb.ListVolumesResponse, error) {
+	vs, next, err := s.reg.Volumes(ctx, int(req.GetMaxEntries()), req.GetPageToken())
+	resp := &masterpb.ListVolumesResponse{NextPageToken: next}
+	for _, v := range vs {
+		resp.Volumes = append(resp.Volumes, masterpb.FromVolume(v))
+	}
+	return resp, err
+}
+
+func (s *server) GetCapacity(ctx context.Context, req *masterpb.GetCapacityRequest) (*masterpb.Capacity, error) {
+	c, err := s.reg.Capacity(ctx, req.GetNode())
+	return masterpb.FromCapacity(c), err
+}
+
+func (s *server) PutMount(ctx context.Context, req *masterpb.Mount) (*masterpb.PutMountResponse, error) {
+	return &masterpb.PutMountResponse{}, s.reg.PutMount(ctx, req.Record())
+}
+
+func (s *server) ListMounts(ctx context.Context, _ *masterpb.ListMountsRequest) (*masterpb.ListMountsResponse, error) {
+	ms, err := s.reg.Mounts(ctx)
+	resp := &masterpb.ListMountsResponse{}
+	for _, m := range ms {
+		resp.Mounts = append(resp.Mounts, masterpb.FromMount(m))
+	}
+	return resp, err
+}
+
+func (s *server) DeleteMount(ctx context.Context, req *masterpb.DeleteMountRequest) (*masterpb.DeleteMountResponse, error) {
+	return &masterpb.DeleteMountResponse{}, s.reg.DeleteMount(ctx, req.GetPath())
+}
+
+func (s *server) Status(ctx context.Context, _ *masterpb.StatusRequest) (*masterpb.MasterStatus, error) {
+	st, err := s.reg.Status(ctx)
+	st.Version, st.PID, st.Started = s.master.cfg.Version, os.Getpid(), s.master.started
+	st.Embedded = len(s.master.cfg.EtcdEndpoints) == 0
+	return masterpb.FromMasterStatus(st), err
+}
