@@ -1,0 +1,434 @@
+package fill
+
+import (
+	"container/list"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"time"
+
+	"github.com/larderfs/larder/cacheworker/cachestore"
+	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/cacheworker/source"
+)
+
+type chunkKey struct {
+	id object.ID
+	i  int
+}
+
+// chunk is one that is being fetched, or that only memory holds. Its fields are guarded by
+// Fills.mu; bytes of buf below n never change as long as refs says that somebody reads them.
+type chunk struct {
+	key   chunkKey
+	fetch *fetch
+	size  int
+
+	buf  []byte // nil until its first bytes come
+	n    int    // bytes of it that are here
+	err  error  // why there will not be more
+	over bool   // all here, or err
+	left bool   // no longer in the map: stored, failed or forgotten
+
+	wake chan struct{} // closed when n reaches need, or over, or left; nil if nobody waits
+	need int
+
+	interest int   // who wants it: waiting readers, and readers that read ahead
+	refs     int   // who uses buf: waiting readers, the fetch, the recent memory
+	paid     int64 // bytes of the budget that go back with buf
+	elem     *list.Element
+}
+
+// class is the priority of a fetch.
+type class int
+
+const (
+	foreground class = iota
+	ahead
+	background
+)
+
+// fetch is one ranged GET of chunks in a row.
+type fetch struct {
+	obj       object.Object
+	src       source.Source
+	principal object.Principal
+	class     class
+	reader    *Reader // that reads ahead, else nil
+	chunks    []*chunk
+	cancel    context.CancelFunc
+	stored    chan *chunk // to the goroutine that writes them
+}
+
+func (ft *fetch) bytes() (n int64) {
+	for _, c := range ft.chunks {
+		n += int64(c.size)
+	}
+	return n
+}
+
+// start begins a GET of the chunks [first, last]. Ahead and background fetches have paid
+// already. The chunks have no interest yet: the caller adds it before it gives up f.mu,
+// which start requires.
+func (f *Fills) start(ctx context.Context, obj object.Object, id object.ID, src source.Source, first, last int, cl class) *fetch {
+	ft := &fetch{
+		obj: obj, src: src, principal: src.Principal(), class: cl,
+		chunks: make([]*chunk, 0, last-first+1),
+		stored: make(chan *chunk, last-first+1),
+	}
+	for i := first; i <= last; i++ {
+		c := &chunk{key: chunkKey{id, i}, fetch: ft, size: obj.ChunkLen(i), need: math.MaxInt}
+		ft.chunks = append(ft.chunks, c)
+		f.chunks[c.key] = c
+	}
+	ctx, ft.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	f.fetches[ft] = struct{}{}
+	if cl != background {
+		f.budget.begin()
+	}
+	f.count.gets.Add(1)
+	f.wg.Add(2)
+	go f.write(ft)
+	go f.run(ctx, ft)
+	return ft
+}
+
+// run fetches, from the budget to the last byte.
+func (f *Fills) run(ctx context.Context, ft *fetch) {
+	defer f.wg.Done()
+	defer close(ft.stored)
+	defer ft.cancel()
+	paid := ft.bytes()
+	if ft.class == foreground {
+		if err := f.budget.take(ctx, paid); err != nil {
+			f.fail(ft, err)
+			f.finish(ft, false)
+			return
+		}
+	}
+	f.mu.Lock()
+	for _, c := range ft.chunks {
+		if !c.over {
+			c.paid = int64(c.size)
+			paid -= c.paid
+		}
+	}
+	f.mu.Unlock()
+	f.budget.give(paid, 0) // of chunks that were given up meanwhile
+	err := f.get(ctx, ft)
+	if err != nil {
+		f.fail(ft, err)
+	}
+	f.finish(ft, true)
+}
+
+func (f *Fills) finish(ft *fetch, slot bool) {
+	if slot {
+		f.budget.give(0, 1)
+	}
+	if ft.class != background {
+		f.budget.end()
+	}
+	f.mu.Lock()
+	delete(f.fetches, ft)
+	f.mu.Unlock()
+}
+
+// get reads the body, chunk by chunk.
+func (f *Fills) get(ctx context.Context, ft *fetch) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	first := ft.chunks[0]
+	asked := time.Now()
+	body, err := ft.src.Get(ctx, ft.obj, int64(first.key.i)*object.ChunkSize, ft.bytes())
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	f.grant(ft.obj, headKey{first.key.id, ft.principal}, asked)
+	for _, c := range ft.chunks {
+		if !f.begin(c) {
+			return context.Canceled
+		}
+		if err := f.fill(c, body); err != nil {
+			f.mu.Lock()
+			f.unref(c)
+			f.mu.Unlock()
+			return err
+		}
+		f.count.fetched.Add(uint64(c.size))
+		if ft.class == ahead {
+			f.count.ahead.Add(uint64(c.size))
+		}
+		ft.stored <- c
+	}
+	return nil
+}
+
+// fill reads one chunk of the body. Nobody else writes to its buffer, which stays until the
+// fetch gives up its own use of it.
+func (f *Fills) fill(c *chunk, body io.Reader) error {
+	for n := 0; n < c.size; {
+		k, err := body.Read(c.buf[n:c.size])
+		if k > 0 {
+			n += k
+			f.progress(c, n)
+		}
+		if err != nil && n < c.size {
+			return unexpected(err)
+		}
+	}
+	return nil
+}
+
+func unexpected(err error) error {
+	if err == io.EOF {
+		return fmt.Errorf("%w: %w", object.ErrUnavailable, io.ErrUnexpectedEOF)
+	}
+	return err
+}
+
+// begin gives the chunk its buffer, unless it was given up.
+func (f *Fills) begin(c *chunk) bool {
+	buf := f.buffer(c.size)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if c.over {
+		return false
+	}
+	c.buf = buf
+	c.refs++
+	return true
+}
+
+// buffer returns one of size bytes, from the pool if that is worth it.
+func (f *Fills) buffer(size int) []byte {
+	if size < object.ChunkSize/2 {
+		return make([]byte, size)
+	}
+	if b, ok := f.bufs.Get().(*[object.ChunkSize]byte); ok {
+		return b[:size]
+	}
+	return new([object.ChunkSize]byte)[:size]
+}
+
+// progress says that n bytes of the chunk are here.
+func (f *Fills) progress(c *chunk, n int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	c.n = n
+	if n == c.size && !c.over {
+		f.end(c)
+		f.abandon(c.fetch) // the rest may be of no interest
+	}
+	if n >= c.need || c.over {
+		c.call()
+	}
+}
+
+// call wakes who waits. Requires Fills.mu.
+func (c *chunk) call() {
+	if c.wake != nil {
+		close(c.wake)
+		c.wake, c.need = nil, math.MaxInt
+	}
+}
+
+// write puts chunks on the disk as they become whole.
+func (f *Fills) write(ft *fetch) {
+	defer f.wg.Done()
+	var file *cachestore.File
+	var err error
+	for c := range ft.stored {
+		if file == nil && err == nil {
+			file, err = f.store.Open(ft.obj)
+		}
+		put := err
+		if put == nil {
+			put = file.Put(c.key.i, c.buf)
+		}
+		if put != nil && !errors.Is(put, object.ErrNoSpace) {
+			f.cfg.Log.Error("store chunk", "object", ft.obj, "chunk", c.key.i, "err", put)
+		}
+		f.mu.Lock()
+		if put == nil {
+			f.gen++
+			f.leave(c, nil)
+		} else if !c.left {
+			f.keep(c)
+		}
+		f.unref(c)
+		f.mu.Unlock()
+	}
+	if file != nil {
+		if err := file.Close(); err != nil {
+			f.cfg.Log.Error("give up lease", "object", ft.obj, "err", err)
+		}
+	}
+}
+
+// keep puts a chunk that found no room into the recent memory. Requires f.mu.
+func (f *Fills) keep(c *chunk) {
+	f.budget.give(c.paid, 0)
+	c.paid = 0
+	c.refs++
+	c.elem = f.recent.PushFront(c)
+	c.call()
+	f.held += int64(c.size)
+	for f.held > f.cfg.RecentBytes && f.recent.Len() > 1 {
+		f.forget(f.recent.Back().Value.(*chunk))
+	}
+}
+
+// forget takes a chunk out of the recent memory. Requires f.mu.
+func (f *Fills) forget(c *chunk) {
+	f.recent.Remove(c.elem)
+	c.elem = nil
+	f.held -= int64(c.size)
+	f.leave(c, nil)
+	f.unref(c)
+}
+
+// end notes that no more bytes of the chunk will come. Requires f.mu.
+func (f *Fills) end(c *chunk) {
+	if c.over {
+		return
+	}
+	c.over = true
+	if r := c.fetch.reader; r != nil {
+		if r.aheadBytes -= int64(c.size); r.aheadBytes == 0 {
+			f.ahead--
+		}
+	}
+}
+
+// leave takes a chunk out of the map; err says why it has no more bytes. Requires f.mu.
+func (f *Fills) leave(c *chunk, err error) {
+	if c.left {
+		return
+	}
+	f.end(c)
+	c.left, c.err = true, err
+	delete(f.chunks, c.key)
+	c.call()
+}
+
+// unref gives up one use of the chunk's buffer. Requires f.mu.
+func (f *Fills) unref(c *chunk) {
+	if c.refs--; c.refs > 0 {
+		return
+	}
+	f.pay(c)
+	if c.left && cap(c.buf) == object.ChunkSize {
+		f.bufs.Put((*[object.ChunkSize]byte)(c.buf[:object.ChunkSize]))
+	}
+	if c.left {
+		c.buf = nil
+	}
+}
+
+func (f *Fills) pay(c *chunk) {
+	if c.paid > 0 && c.left {
+		f.budget.give(c.paid, 0)
+		c.paid = 0
+	}
+}
+
+// fail ends all chunks of the fetch that are not whole.
+func (f *Fills) fail(ft *fetch, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.lose(ft.chunks[0].key.id, err)
+	if f.closed && errors.Is(err, context.Canceled) {
+		err = errClosed
+	}
+	f.giveUp(ft, err)
+}
+
+// giveUp requires f.mu.
+func (f *Fills) giveUp(ft *fetch, err error) {
+	for _, c := range ft.chunks {
+		if c.over {
+			continue
+		}
+		f.leave(c, err)
+		if c.refs == 0 || c.buf == nil { // else the last use pays
+			f.pay(c)
+		}
+	}
+}
+
+// abandon cancels the fetch if nobody wants what is missing of it. Requires f.mu.
+func (f *Fills) abandon(ft *fetch) {
+	missing := false
+	for _, c := range ft.chunks {
+		if c.over {
+			continue
+		}
+		if c.interest > 0 {
+			return
+		}
+		missing = true
+	}
+	if missing {
+		f.count.canceled.Add(1)
+		ft.cancel()
+		f.giveUp(ft, context.Canceled)
+	}
+}
+
+// want adds a reader's interest in a chunk, and its use of the bytes. Requires f.mu.
+func (f *Fills) want(c *chunk) {
+	c.interest++
+	c.refs++
+	if c.elem != nil {
+		f.recent.MoveToFront(c.elem)
+	}
+}
+
+// done ends it. A chunk of which somebody got bytes is fetched to its end; another one is
+// given up if nobody else wants it.
+func (f *Fills) done(c *chunk, satisfied bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !satisfied || c.over {
+		f.lessInterest(c)
+	}
+	f.unref(c)
+}
+
+// lessInterest requires f.mu.
+func (f *Fills) lessInterest(c *chunk) {
+	if c.interest--; c.interest == 0 && !c.over {
+		f.abandon(c.fetch)
+	}
+}
+
+// await returns when bytes of the chunk up to need are here.
+func (f *Fills) await(ctx context.Context, c *chunk, need int) error {
+	for {
+		f.mu.Lock()
+		if c.n >= need || c.err != nil {
+			err := c.err
+			if c.n >= need {
+				err = nil
+			}
+			f.mu.Unlock()
+			return err
+		}
+		if c.wake == nil {
+			c.wake = make(chan struct{})
+		}
+		c.need = min(c.need, need)
+		wake := c.wake
+		f.mu.Unlock()
+		select {
+		case <-wake:
+		case <-ctx.Done():
+			return fmt.Errorf("wait for chunk %d: %w", c.key.i, context.Cause(ctx))
+		}
+	}
+}

@@ -1,0 +1,215 @@
+// Package fill brings absent chunks of objects from their under stores into the cache.
+//
+// A chunk is fetched once, however many wait for it: all readers of the object, all
+// principals. The fetch belongs to all of them; the last one out cancels it. A reader gets bytes
+// as soon as they arrive, and only under a grant of its own principal (the store answered its
+// own GET or HEAD). A chunk is known here until it is on the disk, or, where the cache has no
+// room, as long as a small memory keeps it. Bytes in memory are bounded, and a
+// foreground read never waits for read-ahead to give way.
+package fill
+
+import (
+	"container/list"
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/larderfs/larder/cacheworker/cachestore"
+	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/cacheworker/source"
+)
+
+const (
+	mib           = 1 << 20
+	minInFlight   = 8 * mib
+	lostFor       = 2 * time.Second // so long a version is known to be gone without asking
+	maxQueue      = 4096            // objects waiting to be completed
+	minStreamRead = 256 << 10       // bytes read in a row before there is read-ahead
+)
+
+// Config of [Fills]. The zero value works.
+type Config struct {
+	MaxInFlightBytes int64         // fetched and not yet on the disk; 0 means 256 MiB, at least 8 MiB
+	MaxRequests      int           // GETs at once; 0 means 32, at least 4
+	MaxGetBytes      int64         // of one GET; 0 means 8 MiB
+	MaxWindowBytes   int64         // read ahead of one stream; 0 means 32 MiB
+	RecentBytes      int64         // chunks in memory for which the cache has no room; 0 means 64 MiB
+	CompleteWorkers  int           // objects completed in the background at once; 0 means 1
+	GrantTTL         time.Duration // of objects for which the cache has no room; 0 means 24 h
+	Log              *slog.Logger
+}
+
+func (c Config) withDefaults() Config {
+	def := func(v *int64, d int64) {
+		if *v <= 0 {
+			*v = d
+		}
+	}
+	def(&c.MaxInFlightBytes, 256*mib)
+	def(&c.MaxGetBytes, 8*mib)
+	def(&c.MaxWindowBytes, 32*mib)
+	def(&c.RecentBytes, 64*mib)
+	c.MaxInFlightBytes = max(c.MaxInFlightBytes, minInFlight)
+	c.MaxGetBytes = min(c.MaxGetBytes, c.MaxInFlightBytes/4)
+	if c.MaxRequests <= 0 {
+		c.MaxRequests = 32
+	}
+	c.MaxRequests = max(c.MaxRequests, 4)
+	c.CompleteWorkers = max(c.CompleteWorkers, 1)
+	if c.GrantTTL <= 0 {
+		c.GrantTTL = 24 * time.Hour
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return c
+}
+
+// Fills is what all readers share.
+type Fills struct {
+	cfg    Config
+	store  *cachestore.Store
+	budget *budget
+	bufs   sync.Pool      // of *[object.ChunkSize]byte
+	wg     sync.WaitGroup // fetches, HEADs, completers
+	count  counters
+
+	mu      sync.Mutex // guards everything below, and the chunks; never held across I/O
+	closed  bool
+	gen     uint64 // counts chunks that were stored and left the map
+	chunks  map[chunkKey]*chunk
+	fetches map[*fetch]struct{}
+	heads   map[headKey]*head
+	lost    map[object.ID]lost
+	recent  list.List // of *chunk with all bytes and no place in the cache; youngest in front
+	held    int64     // bytes in recent
+	ahead   int       // readers that are reading ahead
+	through int       // open readers for which the cache has no room
+	grants  map[headKey]memoryGrant
+	refused map[refusal]time.Time
+	queue   []job
+	queued  map[object.ID]struct{}
+	workers int
+
+	completer func() // completes what is queued
+	stop      context.CancelFunc
+}
+
+// lost is a version that the store no longer has.
+type lost struct {
+	err   error
+	until time.Time
+}
+
+// Stats are counters since the start, except where they say now.
+type Stats struct {
+	Gets           uint64 // requests
+	FetchedBytes   uint64 // from the under stores
+	AheadBytes     uint64 // of them, asked for by read-ahead
+	DiskBytes      uint64 // served from cache files
+	MemoryBytes    uint64 // served from chunks in flight or in memory
+	Joined         uint64 // chunks waited for that somebody else had asked for
+	Heads          uint64 // requests for a grant
+	Canceled       uint64 // GETs given up because nobody waited
+	Completed      uint64 // objects completed in the background
+	InFlightBytes  int64  // now
+	MemoryHeld     int64  // now, of chunks for which the cache has no room
+	CompletesQueue int    // now
+}
+
+type counters struct {
+	gets, fetched, ahead, disk, memory, joined, heads, canceled, completed atomic.Uint64
+}
+
+// New returns fills into store. Close must be called before the store's.
+func New(cfg Config, store *cachestore.Store) *Fills {
+	cfg = cfg.withDefaults()
+	f := &Fills{
+		cfg:     cfg,
+		store:   store,
+		budget:  newBudget(cfg.MaxInFlightBytes, cfg.MaxRequests),
+		chunks:  map[chunkKey]*chunk{},
+		fetches: map[*fetch]struct{}{},
+		heads:   map[headKey]*head{},
+		lost:    map[object.ID]lost{},
+		queued:  map[object.ID]struct{}{},
+		grants:  map[headKey]memoryGrant{},
+		refused: map[refusal]time.Time{},
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	f.completer, f.stop = func() { f.work(ctx) }, stop
+	return f
+}
+
+// Close cancels all fetches, whose readers get an error, and waits for their ends.
+func (f *Fills) Close() error {
+	f.mu.Lock()
+	f.closed = true
+	f.stop()
+	for ft := range f.fetches {
+		ft.cancel()
+	}
+	for _, h := range f.heads {
+		h.cancel()
+	}
+	f.mu.Unlock()
+	f.wg.Wait()
+	return nil
+}
+
+// Stats returns the counters.
+func (f *Fills) Stats() Stats {
+	f.mu.Lock()
+	held, queue := f.held, len(f.queue)
+	f.mu.Unlock()
+	return Stats{
+		Gets:           f.count.gets.Load(),
+		FetchedBytes:   f.count.fetched.Load(),
+		AheadBytes:     f.count.ahead.Load(),
+		DiskBytes:      f.count.disk.Load(),
+		MemoryBytes:    f.count.memory.Load(),
+		Joined:         f.count.joined.Load(),
+		Heads:          f.count.heads.Load(),
+		Canceled:       f.count.canceled.Load(),
+		Completed:      f.count.completed.Load(),
+		InFlightBytes:  f.budget.used(),
+		MemoryHeld:     held,
+		CompletesQueue: queue,
+	}
+}
+
+// Open returns a reader of obj that fetches with src. It does no I/O.
+func (f *Fills) Open(obj object.Object, src source.Source) *Reader {
+	return &Reader{f: f, obj: obj, id: obj.ID(), src: src, principal: src.Principal()}
+}
+
+var errClosed = errors.New("reader or cache is closed")
+
+// lostErr says why the version cannot be fetched, if that is known. Requires f.mu.
+func (f *Fills) lostErr(id object.ID) error {
+	l, ok := f.lost[id]
+	if ok && time.Now().After(l.until) {
+		delete(f.lost, id)
+		return nil
+	}
+	return l.err
+}
+
+// lose remembers for a moment that the version is gone. Requires f.mu.
+func (f *Fills) lose(id object.ID, err error) {
+	if !errors.Is(err, object.ErrChanged) && !errors.Is(err, object.ErrNotFound) {
+		return
+	}
+	now := time.Now()
+	if len(f.lost) > 1000 {
+		for k, l := range f.lost {
+			if now.After(l.until) {
+				delete(f.lost, k)
+			}
+		}
+	}
+	f.lost[id] = lost{err, now.Add(lostFor)}
+}

@@ -1,0 +1,188 @@
+package fill
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/cacheworker/source"
+)
+
+type headKey struct {
+	id        object.ID
+	principal object.Principal
+}
+
+// head is one request for a grant that several readers wait for.
+type head struct {
+	cancel  context.CancelFunc
+	waiters int // guarded by Fills.mu
+
+	done chan struct{} // closed when err is set
+	err  error
+}
+
+// Granted reports whether the principal of the reader may have the object's bytes now.
+func (r *Reader) Granted() bool {
+	return r.f.store.Granted(r.id, r.principal) || r.through.Load() && r.f.remembers(headKey{r.id, r.principal})
+}
+
+// Authorize is for opening: nil if the principal has a grant, or if nothing of the object is here,
+// because then the GET that brings it is the grant. Otherwise the store is asked.
+func (r *Reader) Authorize(ctx context.Context) error {
+	if r.Granted() {
+		return nil
+	}
+	if r.f.store.Peek(r.id).PresentBytes == 0 && !r.inMemory() {
+		return nil
+	}
+	if err := r.authorize(ctx); err != nil {
+		return fmt.Errorf("open %v: %w", r.obj, err)
+	}
+	return nil
+}
+
+func (r *Reader) inMemory() bool {
+	r.f.mu.Lock()
+	defer r.f.mu.Unlock()
+	for k := range r.f.chunks {
+		if k.id == r.id {
+			return true
+		}
+	}
+	return false
+}
+
+// authorize returns nil under a grant, for which it asks the store if need be.
+func (r *Reader) authorize(ctx context.Context) error {
+	if r.Granted() {
+		return nil
+	}
+	f := r.f
+	key := headKey{r.id, r.principal}
+	f.mu.Lock()
+	h := f.heads[key]
+	if h == nil {
+		if f.closed {
+			f.mu.Unlock()
+			return errClosed
+		}
+		h = f.startHead(context.WithoutCancel(ctx), key, r.obj, r.src)
+	}
+	h.waiters++
+	f.mu.Unlock()
+
+	select {
+	case <-h.done:
+		return h.err
+	case <-ctx.Done():
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if h.waiters--; h.waiters == 0 {
+			h.cancel()
+			if f.heads[key] == h {
+				delete(f.heads, key)
+			}
+		}
+		return fmt.Errorf("wait for a grant: %w", context.Cause(ctx))
+	}
+}
+
+// startHead requires f.mu.
+func (f *Fills) startHead(ctx context.Context, key headKey, obj object.Object, src source.Source) *head {
+	h := &head{done: make(chan struct{})}
+	ctx, h.cancel = context.WithCancel(ctx)
+	f.heads[key] = h
+	f.count.heads.Add(1)
+	f.wg.Go(func() {
+		defer h.cancel()
+		h.err = f.ask(ctx, key, obj, src)
+		f.mu.Lock()
+		if f.heads[key] == h {
+			delete(f.heads, key)
+		}
+		f.mu.Unlock()
+		close(h.done)
+	})
+	return h
+}
+
+// ask makes the request and notes what it means.
+func (f *Fills) ask(ctx context.Context, key headKey, obj object.Object, src source.Source) error {
+	asked := time.Now()
+	now, err := src.Head(ctx, obj.Key)
+	if errors.Is(err, object.ErrDenied) {
+		f.Revoke(key.principal, obj.Store)
+	}
+	if err != nil {
+		return err
+	}
+	if now.ID() != key.id {
+		return object.ErrChanged
+	}
+	f.grant(obj, key, asked)
+	return nil
+}
+
+// memoryGrant is one for an object for which the cache has no room, so that it has no place
+// for its grants either.
+type memoryGrant struct {
+	store object.Store
+	asked time.Time
+}
+
+type refusal struct {
+	principal object.Principal
+	store     object.Store
+}
+
+const maxMemoryGrants = 4096
+
+// grant notes that the store answered the principal, asked at that time.
+func (f *Fills) grant(obj object.Object, key headKey, asked time.Time) {
+	f.store.Grant(obj, key.principal, asked)
+	if f.store.Peek(key.id).Exists {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if at, ok := f.refused[refusal{key.principal, obj.Store}]; ok && !asked.After(at) {
+		return
+	}
+	for k := range f.grants {
+		if len(f.grants) < maxMemoryGrants {
+			break
+		}
+		delete(f.grants, k)
+	}
+	f.grants[key] = memoryGrant{obj.Store, asked}
+}
+
+func (f *Fills) remembers(key headKey) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	g, ok := f.grants[key]
+	return ok && time.Since(g.asked) < f.cfg.GrantTTL
+}
+
+// Revoke takes all grants of the principal in the store away, those in the cache included: it
+// was refused there.
+func (f *Fills) Revoke(p object.Principal, store object.Store) {
+	f.store.Revoke(p, store)
+	now := time.Now()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for r, at := range f.refused {
+		if now.Sub(at) > time.Hour { // longer than any request takes
+			delete(f.refused, r)
+		}
+	}
+	f.refused[refusal{p, store}] = now
+	for k, g := range f.grants {
+		if k.principal == p && g.store == store {
+			delete(f.grants, k)
+		}
+	}
+}
