@@ -23,7 +23,9 @@ type Source interface {
 	Head(ctx context.Context, key string) (object.Object, error)
 
 	// List returns one page of what is directly below prefix ("" or ending in "/"), in key
-	// order (a folder sorts as its name with "/" behind it). A list grants nothing.
+	// order (a folder sorts as its name with "/" behind it). A page with a Next has at least
+	// one entry. A prefix that is not there is an empty page where folders are only parts of
+	// keys (s3), ErrNotFound where they are things of their own (file). A list grants nothing.
 	List(ctx context.Context, in ListInput) (Page, error)
 
 	// Get reads the n bytes of obj from off on, 0 < n <= obj.Size-off. The reader yields

@@ -38,7 +38,7 @@ type Request struct {
 // Counts of requests since the start or the last ResetCounts.
 type Counts struct {
 	List, Head, Get, Put, Delete, Other int64
-	GetBytes                            int64 // bodies of GETs, as sent
+	GetBytes                            int64 // bodies of GETs that were not refused, as sent
 }
 
 // Hook sees a request before the gateway does. It answers itself, or calls next, then or
@@ -137,7 +137,7 @@ func (p *proxy) end(req *Request, w *countingWriter) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	req.Status, req.Bytes = w.status, w.bytes
-	if req.Kind == Get {
+	if req.Kind == Get && w.status < 300 {
 		p.counts.GetBytes += w.bytes
 	}
 }
