@@ -1,0 +1,217 @@
+package fusefs
+
+import (
+	"context"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+
+	"github.com/larderfs/larder/cacheworker/metadata"
+)
+
+// dirStream is an open directory. Its position is the cookie that the kernel brings: the
+// node id of the last entry it took, so that another worker can go on behind that name.
+type dirStream struct {
+	opened time.Time
+
+	mu      sync.Mutex // guards the fields below; held across requests to the store
+	pending []metadata.Entry
+	after   string // cookie of the metadata behind which pending begins
+	more    bool
+	last    []*node // the entries of the last reply: pinned, the kernel may ask to go on behind any
+}
+
+// OpenDir implements fuse.RawFileSystem.
+func (m *Mount) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	n := m.table.get(in.NodeId)
+	if n == nil {
+		return estale
+	}
+	if n.kind == fileKind || n.kind == socketKind {
+		return fuse.ENOTDIR
+	}
+	m.dirMu.Lock()
+	defer m.dirMu.Unlock()
+	out.Fh = m.nextDir
+	m.nextDir++
+	m.dirs[out.Fh] = &dirStream{opened: time.Now(), more: true}
+	return fuse.OK
+}
+
+// ReleaseDir implements fuse.RawFileSystem.
+func (m *Mount) ReleaseDir(in *fuse.ReleaseIn) {
+	m.dirMu.Lock()
+	s := m.dirs[in.Fh]
+	delete(m.dirs, in.Fh)
+	m.dirMu.Unlock()
+	if s != nil {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		m.pin(s, nil)
+	}
+}
+
+// stream is the open directory, made anew if an earlier worker opened it.
+func (m *Mount) stream(fh uint64) *dirStream {
+	m.dirMu.Lock()
+	defer m.dirMu.Unlock()
+	s := m.dirs[fh]
+	if s == nil {
+		s = &dirStream{opened: time.Now(), more: true}
+		m.dirs[fh] = s
+		m.nextDir = max(m.nextDir, fh+1)
+	}
+	return s
+}
+
+// pin replaces the nodes that the directory's position may be. Requires s.mu.
+func (m *Mount) pin(s *dirStream, last []*node) {
+	m.table.mu.Lock()
+	defer m.table.mu.Unlock()
+	for _, n := range last {
+		n.pins++
+	}
+	for _, n := range s.last {
+		n.pins--
+		m.table.drop(n)
+	}
+	s.last = last
+}
+
+// ReadDir implements fuse.RawFileSystem.
+func (m *Mount) ReadDir(cancel <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	return m.readDir(cancel, in, func(e fuse.DirEntry, _ *node, _ time.Time) bool { return out.AddDirEntry(e) })
+}
+
+// ReadDirPlus implements fuse.RawFileSystem: attributes come from the LIST, and every entry
+// but the dots is a reference.
+func (m *Mount) ReadDirPlus(cancel <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	return m.readDir(cancel, in, func(e fuse.DirEntry, n *node, at time.Time) bool {
+		eo := out.AddDirLookupEntry(e)
+		if eo != nil && n != nil {
+			m.entryOut(n, at, eo)
+			if n.kind != fileKind && at.IsZero() {
+				eo.SetEntryTimeout(attrTimeout)
+			}
+		}
+		return eo != nil
+	})
+}
+
+// Offsets of the dots; entries have their node id, which is never that small, plus fixedOff.
+const (
+	dotOff    = 1
+	dotdotOff = 2
+	fixedOff  = 2
+)
+
+// adder adds an entry to the reply, or says that it is full. It is called with table.mu held.
+type adder func(e fuse.DirEntry, n *node, at time.Time) bool
+
+func (m *Mount) readDir(cancel <-chan struct{}, in *fuse.ReadIn, add adder) fuse.Status {
+	dir := m.table.get(in.NodeId)
+	if dir == nil {
+		return estale
+	}
+	off := in.Offset
+	for ; off < dotdotOff; off++ {
+		name := []string{".", ".."}[off]
+		if !add(fuse.DirEntry{Name: name, Mode: syscall.S_IFDIR, Ino: dir.id, Off: off + 1}, nil, time.Time{}) {
+			return fuse.OK
+		}
+	}
+	if dir.kind != dirKind {
+		return m.readFixed(dir, off, add)
+	}
+	ctx, stop := m.requestContext(cancel)
+	defer stop()
+	s := m.stream(in.Fh)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !m.seek(s, off) {
+		return fuse.EIO
+	}
+	return m.readEntries(ctx, dir, s, add)
+}
+
+// readFixed lists the root and domain/.
+func (m *Mount) readFixed(dir *node, off uint64, add adder) fuse.Status {
+	m.table.mu.Lock()
+	defer m.table.mu.Unlock()
+	for _, id := range m.table.fixed(dir) {
+		if id+fixedOff <= off {
+			continue
+		}
+		n := m.table.nodes[id]
+		var a fuse.Attr
+		m.attr(n, &a)
+		if !add(fuse.DirEntry{Name: n.name, Mode: a.Mode, Ino: a.Ino, Off: id + fixedOff}, n, time.Time{}) {
+			break
+		}
+	}
+	return fuse.OK
+}
+
+// seek puts the stream behind the entry whose offset the kernel brings. Requires s.mu.
+func (m *Mount) seek(s *dirStream, off uint64) bool {
+	if off == dotdotOff {
+		if s.after != "" { // rewinddir
+			s.after, s.pending, s.more, s.opened = "", nil, true, time.Now()
+		}
+		return true
+	}
+	n := m.table.get(off - fixedOff)
+	if n == nil {
+		return false
+	}
+	cookie := metadata.Entry{Name: n.name, Folder: n.kind == dirKind}.Cookie()
+	if cookie == s.after {
+		return true
+	}
+	for i, e := range s.pending {
+		if e.Cookie() == cookie {
+			s.pending = s.pending[i+1:]
+			s.after = cookie
+			return true
+		}
+	}
+	s.after, s.pending, s.more = cookie, nil, true
+	return true
+}
+
+// readEntries fills one reply. Requires s.mu.
+func (m *Mount) readEntries(ctx context.Context, dir *node, s *dirStream, add adder) fuse.Status {
+	if len(s.pending) == 0 && s.more {
+		d := m.data.Load()
+		// One listing does not get older while it is read.
+		es, more, err := d.List(ctx, dir.key, s.after, d.Freshness+time.Since(s.opened))
+		if err != nil {
+			return m.status("readdir", dir, err)
+		}
+		s.pending, s.more = es, more
+	}
+	var last []*node
+	defer func() { m.pin(s, last) }()
+	m.table.mu.Lock()
+	defer m.table.mu.Unlock()
+	for len(s.pending) > 0 {
+		e := s.pending[0]
+		n := m.enter(dir, e)
+		ent := fuse.DirEntry{Name: e.Name, Mode: syscall.S_IFREG, Ino: n.id, Off: n.id + fixedOff}
+		if e.Folder {
+			ent.Mode = syscall.S_IFDIR
+		} else {
+			id := e.Object.ID()
+			ent.Ino = inode(id[:])
+		}
+		if !add(ent, n, e.At) {
+			break
+		}
+		last = append(last, n)
+		s.pending = s.pending[1:]
+		s.after = e.Cookie()
+	}
+	return fuse.OK
+}

@@ -1,0 +1,422 @@
+// Package fusefs serves a volume's mount: one FUSE connection whose root holds data/, the
+// dataset, and domain/, the node's worker.
+//
+// A node id is one incarnation of a file: (object, mode, cache file). Page cache and
+// passthrough belong to the kernel's inode, hence bytes of two versions never mix, kept
+// pages are always right, and an open of an incarnation that the name no longer leads to is
+// answered with ESTALE, upon which the kernel looks the name up again within the same open(2).
+//
+// The node table lives in the mount's memfd, which the broker holds too: a worker that dies
+// is followed by one that knows the same nodes.
+package fusefs
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+
+	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/dataset"
+	"github.com/larderfs/larder/cacheworker/metadata"
+	"github.com/larderfs/larder/cacheworker/object"
+)
+
+// Broker is what a mount asks of the broker.
+type Broker interface {
+	// Register makes f the backing file of passthrough reads and returns its id in the kernel.
+	Register(ctx context.Context, volumeID string, node uint64, f *os.File) (int32, error)
+	Unregister(ctx context.Context, volumeID string, backing int32) error
+	// Replace hands over a compacted memfd.
+	Replace(ctx context.Context, volumeID string, memfd *os.File) error
+}
+
+// Features are what a kernel may have; one that is disabled is not asked for.
+type Features struct {
+	Passthrough bool
+	Resend      bool
+	Splice      bool
+}
+
+// Config of a mount.
+type Config struct {
+	Volume   brokerwire.Volume
+	Dataset  *dataset.Dataset
+	Broker   Broker
+	Features Features // wanted; what was negotiated may be less
+	Counters *Counters
+	Log      *slog.Logger
+
+	allowWrites bool // takes a lock off, for its test: open for writing is not refused
+}
+
+// Counters are shared by all mounts of a worker.
+type Counters struct {
+	Reads     atomic.Uint64 // READs that reached the worker
+	ReadBytes atomic.Uint64
+	Spliced   atomic.Uint64 // READs answered from the cache file without a copy
+	Stale     atomic.Uint64 // opens answered with ESTALE
+	Resends   atomic.Uint64 // times the kernel was asked to deliver requests again
+}
+
+// errnos is the whole mapping; what it does not list is EIO.
+var errnos = []struct {
+	err   error
+	errno fuse.Status
+}{
+	{object.ErrNotFound, fuse.ENOENT},
+	{object.ErrChanged, fuse.Status(syscall.ESTALE)},
+	{object.ErrDenied, fuse.EACCES},
+	{context.Canceled, fuse.EINTR},
+	{context.DeadlineExceeded, fuse.Status(syscall.ETIMEDOUT)},
+	{object.ErrInvalid, fuse.EINVAL},
+}
+
+const (
+	erofs  = fuse.Status(syscall.EROFS)
+	estale = fuse.Status(syscall.ESTALE)
+
+	attrTimeout  = time.Hour // of a node: an incarnation's attributes never change
+	interruptLag = 2 * time.Second
+)
+
+// Mount is a volume's file system. It is a fuse.RawFileSystem.
+type Mount struct {
+	fuse.RawFileSystem // answers ENOSYS to what is not here
+	cfg                Config
+	table              *table
+	data               atomic.Pointer[dataset.Dataset]
+	pass               atomic.Bool // passthrough was negotiated and has not failed since
+	resend             bool        // RESEND was negotiated
+
+	dirMu   sync.Mutex // guards dirs
+	dirs    map[uint64]*dirStream
+	nextDir uint64
+
+	bindMu sync.Mutex // guards uuid
+	uuid   string     // name of the socket that may be bound
+
+	background sync.WaitGroup // requests to the broker that no caller waits for
+	closed     context.Context
+	close      context.CancelFunc
+}
+
+func newMount(cfg Config, log *os.File, uuid string) *Mount {
+	m := &Mount{
+		RawFileSystem: fuse.NewDefaultRawFileSystem(),
+		cfg:           cfg,
+		table:         newTable(log, cfg.Dataset.Store(), cfg.Dataset.Root()),
+		dirs:          map[uint64]*dirStream{},
+		nextDir:       1,
+		uuid:          uuid,
+	}
+	m.data.Store(cfg.Dataset)
+	m.closed, m.close = context.WithCancel(context.Background())
+	return m
+}
+
+// SetDataset gives the mount new credentials.
+func (m *Mount) SetDataset(d *dataset.Dataset) { m.data.Store(d) }
+
+// String is the name go-fuse shows.
+func (m *Mount) String() string { return "larder" }
+
+// status maps an error to what the kernel is told, and logs what no table foresaw.
+func (m *Mount) status(op string, n *node, err error) fuse.Status {
+	if err == nil {
+		return fuse.OK
+	}
+	for _, e := range errnos {
+		if errors.Is(err, e.err) {
+			if e.err == object.ErrDenied {
+				m.cfg.Log.Warn("denied", "op", op, "volume", m.cfg.Volume.ID, "err", err)
+			}
+			return e.errno
+		}
+	}
+	m.cfg.Log.Error(op, "volume", m.cfg.Volume.ID, "err", err)
+	return fuse.EIO
+}
+
+// requestContext ends when the mount does, or two seconds after an INTERRUPT: a profiler's
+// timer must not become an I/O error (DESIGN §4.3).
+func (m *Mount) requestContext(cancel <-chan struct{}) (context.Context, context.CancelFunc) {
+	ctx, stop := context.WithCancel(m.closed)
+	go func() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-cancel:
+		}
+		t := time.NewTimer(interruptLag)
+		defer t.Stop()
+		select {
+		case <-ctx.Done():
+		case <-t.C:
+			stop()
+		}
+	}()
+	return ctx, stop
+}
+
+// Lookup implements fuse.RawFileSystem.
+func (m *Mount) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+	parent := m.table.get(h.NodeId)
+	if parent == nil {
+		return fuse.ENOENT
+	}
+	switch parent.kind {
+	case rootKind, domainKind:
+		return m.lookupFixed(parent, name, out)
+	case dirKind:
+	default:
+		return fuse.ENOTDIR
+	}
+	ctx, stop := m.requestContext(cancel)
+	defer stop()
+	e, err := m.data.Load().Lookup(ctx, parent.key, name, m.freshness())
+	if errors.Is(err, object.ErrNotFound) {
+		return m.negative(out, e.At)
+	}
+	if err != nil {
+		return m.status("lookup", parent, err)
+	}
+	m.table.mu.Lock()
+	defer m.table.mu.Unlock()
+	n := m.enter(parent, e)
+	m.entryOut(n, e.At, out)
+	return fuse.OK
+}
+
+func (m *Mount) freshness() time.Duration { return m.data.Load().Freshness }
+
+// negative tells the kernel that there is no such name, for as long as that may be believed.
+func (m *Mount) negative(out *fuse.EntryOut, at time.Time) fuse.Status {
+	valid := m.validFor(at)
+	if valid <= 0 {
+		return fuse.ENOENT
+	}
+	*out = fuse.EntryOut{}
+	out.SetEntryTimeout(valid)
+	return fuse.OK
+}
+
+func (m *Mount) validFor(at time.Time) time.Duration {
+	if at.IsZero() {
+		return 0
+	}
+	return max(0, m.freshness()-time.Since(at))
+}
+
+func (m *Mount) lookupFixed(parent *node, name string, out *fuse.EntryOut) fuse.Status {
+	m.table.mu.Lock()
+	defer m.table.mu.Unlock()
+	n := m.table.names[childKey{parent.id, name}]
+	if n == nil {
+		return fuse.ENOENT
+	}
+	m.entryOut(n, time.Time{}, out)
+	out.SetEntryTimeout(attrTimeout) // connect() must not need a worker
+	return fuse.OK
+}
+
+// enter is the node for what a name leads to now. Requires table.mu.
+func (m *Mount) enter(parent *node, e metadata.Entry) *node {
+	if e.Folder {
+		return m.table.folder(parent, e.Name)
+	}
+	return m.table.incarnation(parent, e.Object, e.Name, m.wantedMode(e.Object), e.At, m.usable)
+}
+
+// wantedMode is passthrough for what can be passed through now.
+func (m *Mount) wantedMode(obj object.Object) mode {
+	if m.pass.Load() && m.data.Load().Peek(obj.ID()).Complete {
+		return passthrough
+	}
+	return cached
+}
+
+// usable reports whether a file's node goes on although a new one would be in the other mode:
+// the kernel still holds the backing file of a passthrough node that was evicted.
+func (m *Mount) usable(f *file) bool { return f.mode == passthrough && f.backing != 0 }
+
+// entryOut fills in a reply that gives the kernel a reference. Requires table.mu.
+func (m *Mount) entryOut(n *node, at time.Time, out *fuse.EntryOut) {
+	m.table.referenced(n)
+	out.NodeId = n.id
+	out.Generation = 1
+	out.SetEntryTimeout(m.validFor(at))
+	out.SetAttrTimeout(attrTimeout)
+	m.attr(n, &out.Attr)
+}
+
+func (m *Mount) attr(n *node, a *fuse.Attr) {
+	v := &m.cfg.Volume
+	a.Owner = fuse.Owner{Uid: v.UID, Gid: v.GID}
+	a.Nlink = 1
+	a.Blksize = 1 << 20
+	switch n.kind {
+	case fileKind:
+		a.Mode = syscall.S_IFREG | v.FileMode
+		a.Size = uint64(n.file.size)
+		a.Blocks = (a.Size + 511) / 512
+		a.SetTimes(nil, &n.file.mtime, &n.file.mtime)
+		id := m.table.objectOf(n).ID()
+		a.Ino = inode(id[:])
+	case socketKind:
+		a.Mode = syscall.S_IFSOCK | 0o666
+		a.Ino = n.id
+	case rootKind, domainKind:
+		a.Mode = syscall.S_IFDIR | 0o555
+		a.Nlink = 2
+		a.Ino = n.id
+	default:
+		a.Mode = syscall.S_IFDIR | v.DirMode
+		a.Nlink = 2
+		a.Ino = n.id
+	}
+}
+
+// inode makes a number from a hash: the same for the same object, and never one of a folder.
+func inode(h []byte) uint64 {
+	var n uint64
+	for _, b := range h[:8] {
+		n = n<<8 | uint64(b)
+	}
+	return n&(1<<63-1) | 1<<62
+}
+
+// GetAttr implements fuse.RawFileSystem.
+func (m *Mount) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
+	m.table.mu.RLock()
+	defer m.table.mu.RUnlock()
+	n := m.table.nodes[in.NodeId]
+	if n == nil {
+		return estale
+	}
+	m.attr(n, &out.Attr)
+	out.SetTimeout(attrTimeout)
+	return fuse.OK
+}
+
+// Forget implements fuse.RawFileSystem.
+func (m *Mount) Forget(id, count uint64) {
+	n := m.table.forget(id, count)
+	if n != nil && n.file != nil {
+		m.letGo(n)
+	}
+}
+
+// letGo gives up what a node that has gone still held.
+func (m *Mount) letGo(n *node) {
+	m.table.mu.Lock()
+	r, backing := n.file.reader, n.file.backing
+	n.file.reader = nil
+	if backing != 0 {
+		m.table.setBacking(n, 0)
+	}
+	m.table.mu.Unlock()
+	if r != nil {
+		r.Close()
+	}
+	m.unregister(backing)
+}
+
+func (m *Mount) unregister(backing int32) {
+	if backing == 0 {
+		return
+	}
+	m.background.Go(func() {
+		if err := m.cfg.Broker.Unregister(m.closed, m.cfg.Volume.ID, backing); err != nil && m.closed.Err() == nil {
+			m.cfg.Log.Warn("close backing file", "volume", m.cfg.Volume.ID, "backing", backing, "err", err)
+		}
+	})
+}
+
+// Evicted says that the cache file of an object was unlinked. Its passthrough nodes end;
+// while one is open it goes on with the file that the kernel holds.
+func (m *Mount) Evicted(id object.ID) {
+	var backings []int32
+	m.table.mu.Lock()
+	for _, n := range slices.Clone(m.table.backed[id]) {
+		if f := n.file; f.mode == passthrough && f.opens == 0 && f.backing != 0 {
+			backings = append(backings, f.backing)
+			m.table.setBacking(n, 0)
+			f.stale = true
+		}
+	}
+	m.table.mu.Unlock()
+	for _, b := range backings {
+		m.unregister(b)
+	}
+}
+
+// StatFs implements fuse.RawFileSystem. The size is the cache's: a dataset's own is not known
+// without listing all of it.
+func (m *Mount) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
+	total, used := m.data.Load().Capacity()
+	const bsize = 4096
+	out.Bsize, out.Frsize, out.NameLen = bsize, bsize, 255
+	out.Blocks = uint64(total / bsize)
+	out.Bfree = uint64(max(0, total-used) / bsize)
+	return fuse.OK // Bavail is 0: nobody can write here
+}
+
+// Access implements fuse.RawFileSystem; the kernel checks (default_permissions).
+func (m *Mount) Access(<-chan struct{}, *fuse.AccessIn) fuse.Status { return fuse.ENOSYS }
+
+// Mknod lets the broker, and nobody else, bind the worker's socket.
+func (m *Mount) Mknod(_ <-chan struct{}, in *fuse.MknodIn, name string, out *fuse.EntryOut) fuse.Status {
+	m.bindMu.Lock()
+	uuid := m.uuid
+	m.bindMu.Unlock()
+	if in.NodeId != domainID || in.Mode&syscall.S_IFMT != syscall.S_IFSOCK || in.Uid != 0 || name != uuid {
+		return erofs
+	}
+	m.table.mu.Lock()
+	defer m.table.mu.Unlock()
+	if m.table.names[childKey{domainID, name}] != nil && !resent(&in.InHeader) {
+		return fuse.Status(syscall.EEXIST)
+	}
+	n := m.table.socket(name)
+	m.entryOut(n, time.Time{}, out)
+	return fuse.OK
+}
+
+// resent reports whether the kernel delivers a request again, which may have been executed.
+func resent(h *fuse.InHeader) bool { return h.Unique>>63 == 1 }
+
+// What would change something is refused; a published mount is read-only anyway.
+
+func (m *Mount) SetAttr(<-chan struct{}, *fuse.SetAttrIn, *fuse.AttrOut) fuse.Status { return erofs }
+func (m *Mount) Mkdir(<-chan struct{}, *fuse.MkdirIn, string, *fuse.EntryOut) fuse.Status {
+	return erofs
+}
+func (m *Mount) Unlink(<-chan struct{}, *fuse.InHeader, string) fuse.Status         { return erofs }
+func (m *Mount) Rmdir(<-chan struct{}, *fuse.InHeader, string) fuse.Status          { return erofs }
+func (m *Mount) Rename(<-chan struct{}, *fuse.RenameIn, string, string) fuse.Status { return erofs }
+func (m *Mount) Link(<-chan struct{}, *fuse.LinkIn, string, *fuse.EntryOut) fuse.Status {
+	return erofs
+}
+func (m *Mount) Symlink(<-chan struct{}, *fuse.InHeader, string, string, *fuse.EntryOut) fuse.Status {
+	return erofs
+}
+func (m *Mount) Create(<-chan struct{}, *fuse.CreateIn, string, *fuse.CreateOut) fuse.Status {
+	return erofs
+}
+func (m *Mount) Tmpfile(<-chan struct{}, *fuse.CreateIn, *fuse.CreateOut) fuse.Status { return erofs }
+func (m *Mount) SetXAttr(<-chan struct{}, *fuse.SetXAttrIn, string, []byte) fuse.Status {
+	return erofs
+}
+func (m *Mount) RemoveXAttr(<-chan struct{}, *fuse.InHeader, string) fuse.Status { return erofs }
+func (m *Mount) Write(<-chan struct{}, *fuse.WriteIn, []byte) (uint32, fuse.Status) {
+	return 0, erofs
+}
+func (m *Mount) Fallocate(<-chan struct{}, *fuse.FallocateIn) fuse.Status { return erofs }

@@ -1,0 +1,308 @@
+package fusefs
+
+import (
+	"context"
+	"errors"
+	"syscall"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+
+	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/fill"
+	"github.com/larderfs/larder/cacheworker/object"
+)
+
+const (
+	writing = syscall.O_ACCMODE | syscall.O_TRUNC | syscall.O_APPEND | syscall.O_CREAT
+
+	// slack is added to freshness at open: the look-up of the same open(2) was just before.
+	slack = time.Second
+
+	// spliceMax is the largest READ that is spliced: a pipe holds 1 MiB, and go-fuse wants
+	// header and payload in one.
+	spliceMax = 512 << 10
+)
+
+// Open implements fuse.RawFileSystem. What it answers depends on the node alone: its mode
+// never changes.
+func (m *Mount) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	n := m.table.get(in.NodeId)
+	if n == nil {
+		return estale
+	}
+	if n.kind != fileKind {
+		return fuse.EINVAL
+	}
+	if in.Flags&writing != 0 && !m.cfg.allowWrites {
+		return erofs
+	}
+	ctx, stop := m.requestContext(cancel)
+	defer stop()
+	current, err := m.current(ctx, n)
+	if err != nil {
+		return m.status("open", n, err)
+	}
+	if !current && m.firstTold(n, in.Pid) {
+		m.cfg.Counters.Stale.Add(1)
+		return estale
+	}
+	if !current && m.changed(n) {
+		return estale // a bind mount of a single file leads here: the kernel cannot look it up again
+	}
+	n.file.mu.Lock()
+	defer n.file.mu.Unlock()
+	r := m.hold(n, true)
+	if err := r.Authorize(ctx); err != nil {
+		m.unhold(n, true)
+		return m.failed("open", n, err)
+	}
+	m.answerOpen(ctx, n, r, out)
+	return fuse.OK
+}
+
+// current reports whether the node's name still leads to it, asking the store if what is
+// known of it is too old, and whether it is in the mode that a new node would be.
+func (m *Mount) current(ctx context.Context, n *node) (bool, error) {
+	m.table.mu.RLock()
+	stale, checked := n.file.stale, n.file.checked
+	m.table.mu.RUnlock()
+	if stale {
+		return false, nil
+	}
+	d := m.data.Load()
+	if time.Since(checked) > d.Freshness+slack {
+		e, err := d.Lookup(ctx, n.parent.key, n.name, d.Freshness)
+		if errors.Is(err, object.ErrNotFound) {
+			m.setStale(n)
+			return false, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		m.table.mu.Lock()
+		defer m.table.mu.Unlock()
+		return m.enter(n.parent, e) == n, nil
+	}
+	if n.file.mode == m.wantedMode(m.table.objectOf(n)) {
+		return true, nil
+	}
+	m.table.mu.RLock()
+	defer m.table.mu.RUnlock()
+	return m.usable(n.file), nil
+}
+
+func (m *Mount) setStale(n *node) {
+	m.table.mu.Lock()
+	defer m.table.mu.Unlock()
+	n.file.stale = true
+}
+
+// firstTold notes that a thread is answered ESTALE. The same thread comes again only if its
+// path could not be looked up anew: a bind mount of the file itself.
+func (m *Mount) firstTold(n *node, thread uint32) bool {
+	m.table.mu.Lock()
+	defer m.table.mu.Unlock()
+	if _, told := n.file.told[thread]; told {
+		delete(n.file.told, thread)
+		return false
+	}
+	if n.file.told == nil {
+		n.file.told = map[uint32]struct{}{}
+	}
+	n.file.told[thread] = struct{}{}
+	return true
+}
+
+// changed reports whether the name leads to another object, not just to another mode.
+func (m *Mount) changed(n *node) bool {
+	m.table.mu.RLock()
+	defer m.table.mu.RUnlock()
+	now := m.table.names[childKey{n.parent.id, n.name}]
+	if now == n || now == nil || now.file == nil {
+		return n.file.stale
+	}
+	return now.file.version != n.file.version || now.file.size != n.file.size
+}
+
+// hold returns the node's reader, opened if it was not. opening counts an open file; a READ
+// of a node without one (its open was an earlier worker's) stands for it.
+func (m *Mount) hold(n *node, opening bool) *fill.Reader {
+	m.table.mu.Lock()
+	defer m.table.mu.Unlock()
+	f := n.file
+	if opening || f.opens == 0 {
+		f.opens++
+		f.opened++
+	}
+	if !opening {
+		f.reading++
+	}
+	if f.reader == nil {
+		f.reader = m.data.Load().Reader(m.table.objectOf(n))
+	}
+	return f.reader
+}
+
+func (m *Mount) unhold(n *node, opening bool) {
+	m.table.mu.Lock()
+	f := n.file
+	if opening {
+		f.opens = max(0, f.opens-1)
+	} else {
+		f.reading--
+	}
+	var r *fill.Reader
+	if f.opens == 0 && f.reading == 0 {
+		r, f.reader = f.reader, nil
+	}
+	m.table.mu.Unlock()
+	if r != nil {
+		r.Close()
+	}
+}
+
+// answerOpen opens in the node's mode. Requires n.file.mu.
+func (m *Mount) answerOpen(ctx context.Context, n *node, r *fill.Reader, out *fuse.OpenOut) {
+	out.OpenFlags = fuse.FOPEN_NOFLUSH | fuse.FOPEN_KEEP_CACHE
+	if n.file.mode == passthrough {
+		backing, err := m.backing(ctx, n, r)
+		if err != nil {
+			// No page of this inode may be cached, and none is: the kernel asks us for each read.
+			m.cfg.Log.Warn("passthrough", "volume", m.cfg.Volume.ID, "object", r.Object().String(), "err", err)
+			out.OpenFlags = fuse.FOPEN_NOFLUSH | fuse.FOPEN_DIRECT_IO
+			return
+		}
+		out.BackingID = backing
+		out.OpenFlags = fuse.FOPEN_NOFLUSH | fuse.FOPEN_PASSTHROUGH
+		return
+	}
+	m.completeMaybe(n, r)
+}
+
+// backing is the id of the node's backing file, registered now if it was not. It stays
+// until the kernel forgets the node or the cache file is evicted.
+func (m *Mount) backing(ctx context.Context, n *node, r *fill.Reader) (int32, error) {
+	if id := n.file.backing; id != 0 { // set only under n.file.mu, and by Evicted while nothing is open
+		return id, nil
+	}
+	file := r.File()
+	if file == nil {
+		return 0, object.ErrIncomplete
+	}
+	view, err := file.View()
+	if err != nil {
+		return 0, err
+	}
+	defer view.Close()
+	id, err := m.cfg.Broker.Register(ctx, m.cfg.Volume.ID, n.id, view)
+	if err != nil {
+		if errors.Is(err, object.ErrDenied) && m.pass.Swap(false) {
+			m.cfg.Log.Error("passthrough is off: the broker refuses our files", "volume", m.cfg.Volume.ID, "err", err)
+		}
+		return 0, err
+	}
+	m.table.mu.Lock()
+	defer m.table.mu.Unlock()
+	m.table.setBacking(n, id)
+	return id, nil
+}
+
+// completeMaybe has the rest of the file filled, as the volume says.
+func (m *Mount) completeMaybe(n *node, r *fill.Reader) {
+	d := m.data.Load()
+	obj := r.Object()
+	switch d.Complete {
+	case brokerwire.CompleteAlways:
+		d.CompleteLater(obj)
+	case brokerwire.CompleteAuto:
+		m.table.mu.RLock()
+		again := n.file.opened > 1
+		m.table.mu.RUnlock()
+		if again {
+			d.CompleteLater(obj)
+		}
+	}
+}
+
+// failed is status for reads and opens: a version that has gone ends the node.
+func (m *Mount) failed(op string, n *node, err error) fuse.Status {
+	if errors.Is(err, object.ErrChanged) || errors.Is(err, object.ErrNotFound) {
+		m.setStale(n)
+		m.data.Load().Changed(n.parent.key + n.name)
+		return estale
+	}
+	return m.status(op, n, err)
+}
+
+// Read implements fuse.RawFileSystem.
+func (m *Mount) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
+	n := m.table.get(in.NodeId)
+	if n == nil || n.kind != fileKind {
+		return nil, estale
+	}
+	m.cfg.Counters.Reads.Add(1)
+	r := m.hold(n, false)
+	off, size := int64(in.Offset), int(min(int64(in.Size), max(0, n.file.size-int64(in.Offset))))
+	m.cfg.Counters.ReadBytes.Add(uint64(size))
+	if fd, release, ok := r.Span(off, size); ok && size > 0 {
+		s := &span{fd: fd, off: off, size: size, done: func() { release(); m.unhold(n, false) }}
+		if m.cfg.Features.Splice && size <= spliceMax {
+			m.cfg.Counters.Spliced.Add(1)
+			return seekable{s}, fuse.OK
+		}
+		return s, fuse.OK
+	}
+	defer m.unhold(n, false)
+	ctx, stop := m.requestContext(cancel)
+	defer stop()
+	got, err := r.ReadAt(ctx, buf[:size], off)
+	if err != nil {
+		return nil, m.failed("read", n, err)
+	}
+	return fuse.ReadResultData(buf[:got]), fuse.OK
+}
+
+// span is an answer that lies in the cache file. It is valid until Done.
+type span struct {
+	fd   int
+	off  int64
+	size int
+	done func()
+}
+
+func (s *span) Size() int { return s.size }
+func (s *span) Done()     { s.done() }
+
+func (s *span) Bytes(buf []byte) ([]byte, fuse.Status) {
+	n, err := syscall.Pread(s.fd, buf[:s.size], s.off)
+	if err != nil || n < s.size {
+		return nil, fuse.EIO
+	}
+	return buf[:n], fuse.OK
+}
+
+// seekable is a span that go-fuse splices.
+type seekable struct{ *span }
+
+func (s seekable) Seekable() (fd uintptr, off int64, size int) { return uintptr(s.fd), s.off, s.size }
+
+// Release implements fuse.RawFileSystem.
+func (m *Mount) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
+	if n := m.table.get(in.NodeId); n != nil && n.kind == fileKind {
+		m.readInPart(n)
+		m.unhold(n, true)
+	}
+}
+
+// readInPart completes a file of which a good share was read.
+func (m *Mount) readInPart(n *node) {
+	d := m.data.Load()
+	if d.Complete != brokerwire.CompleteAuto || n.file.mode != cached {
+		return
+	}
+	obj := m.table.objectOf(n)
+	if info := d.Peek(obj.ID()); !info.Complete && info.PresentBytes > obj.Size/2 {
+		d.CompleteLater(obj)
+	}
+}

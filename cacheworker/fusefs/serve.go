@@ -1,0 +1,156 @@
+package fusefs
+
+import (
+	"encoding/binary"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"github.com/larderfs/larder/cacheworker/brokerwire"
+)
+
+const (
+	maxRequest    = 1 << 20 // bytes of a READ
+	maxBackground = 64      // READs of the kernel's read-ahead under way at once
+
+	notifyResend = 7 // FUSE_NOTIFY_RESEND
+)
+
+// Adopt serves a mount: device is its /dev/fuse, memfd its state, init the socket on which
+// the broker plays the kernel's INIT. fresh says that no worker served it before; otherwise
+// the node table is read from the memfd and the kernel is asked to deliver again what an
+// earlier worker did not answer. On success device and memfd are the mount's; init is
+// consumed in any case. Serve has to follow.
+func Adopt(cfg Config, device, memfd, init *os.File, fresh bool, uuid string) (_ *Served, err error) {
+	st, err := brokerwire.ReadState(memfd)
+	if err != nil {
+		init.Close()
+		return nil, err
+	}
+	m := newMount(cfg, memfd, uuid)
+	if !fresh {
+		if err := m.table.load(); err != nil {
+			init.Close()
+			return nil, err
+		}
+	}
+	// go-fuse takes the descriptor by its number and closes it itself.
+	fd, err := unix.FcntlInt(init.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	init.Close()
+	if err != nil {
+		return nil, fmt.Errorf("dup INIT socket: %w", err)
+	}
+	srv, err := fuse.NewServer(m, fmt.Sprintf("/dev/fd/%d", fd), m.options())
+	if err != nil {
+		return nil, fmt.Errorf("answer INIT of %s: %w", st.Path, err)
+	}
+	if err := unix.Dup3(int(device.Fd()), fd, unix.O_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("take over %s: %w", st.Path, err)
+	}
+	return &Served{Mount: m, srv: srv, device: device, fresh: fresh}, nil
+}
+
+func (m *Mount) options() *fuse.MountOptions {
+	f := m.cfg.Features
+	o := &fuse.MountOptions{
+		MaxWrite:      maxRequest,
+		MaxBackground: maxBackground,
+		IDMappedMount: true,
+		MaxStackDepth: 1,
+		DisableSplice: !f.Splice,
+		Logger:        slog.NewLogLogger(m.cfg.Log.Handler(), slog.LevelWarn),
+		// All that a later version may want: it cannot be asked for again.
+		ExtraCapabilities: fuse.CAP_HAS_RESEND | fuse.CAP_DIRECT_IO_ALLOW_MMAP | fuse.CAP_ASYNC_DIO,
+	}
+	if !f.Passthrough {
+		o.DisabledCapabilities |= fuse.CAP_PASSTHROUGH
+	}
+	if !f.Resend {
+		o.DisabledCapabilities |= fuse.CAP_HAS_RESEND
+	}
+	return o
+}
+
+// Init implements fuse.RawFileSystem: INIT has been answered.
+func (m *Mount) Init(s *fuse.Server) {
+	kernel := s.KernelSettings().Flags64()
+	m.pass.Store(m.cfg.Features.Passthrough && kernel&fuse.CAP_PASSTHROUGH != 0)
+	m.resend = m.cfg.Features.Resend && kernel&fuse.CAP_HAS_RESEND != 0
+}
+
+// Served is a mount with its server.
+type Served struct {
+	*Mount
+	srv    *fuse.Server
+	device *os.File
+	fresh  bool
+	once   sync.Once
+}
+
+// Serve answers requests until the file system is unmounted everywhere, or the connection
+// aborted.
+func (s *Served) Serve() {
+	if !s.fresh && s.resend {
+		s.askAgain()
+	}
+	s.srv.Serve()
+	s.end()
+}
+
+// askAgain has the kernel deliver every request again that was read and not answered.
+func (s *Served) askAgain() {
+	var h [16]byte // struct fuse_out_header: length, error = code, unique = 0
+	binary.LittleEndian.PutUint32(h[0:], uint32(len(h)))
+	binary.LittleEndian.PutUint32(h[4:], notifyResend)
+	if _, err := unix.Write(int(s.device.Fd()), h[:]); err != nil {
+		s.cfg.Log.Warn("resend", "volume", s.cfg.Volume.ID, "err", err)
+		return
+	}
+	s.cfg.Counters.Resends.Add(1)
+}
+
+func (s *Served) end() {
+	s.once.Do(func() {
+		s.close()
+		s.background.Wait()
+		s.table.mu.Lock()
+		defer s.table.mu.Unlock()
+		for _, n := range s.table.nodes {
+			if n.file != nil && n.file.reader != nil {
+				n.file.reader.Close()
+				n.file.reader = nil
+			}
+		}
+		s.table.log.Close()
+		s.device.Close()
+	})
+}
+
+// Passthrough and Resend report what was negotiated.
+func (m *Mount) Passthrough() bool { return m.pass.Load() }
+
+// Resend reports whether requests survive the worker that read them.
+func (m *Mount) Resend() bool { return m.resend }
+
+// Hold returns what the broker is given back after its death. They stay the mount's.
+func (s *Served) Hold() (device, memfd *os.File) {
+	s.table.mu.RLock()
+	defer s.table.mu.RUnlock()
+	return s.device, s.table.log
+}
+
+// Stats of the mount.
+func (m *Mount) Stats() (nodes, open int) {
+	m.table.mu.RLock()
+	defer m.table.mu.RUnlock()
+	for _, n := range m.table.nodes {
+		if n.file != nil {
+			open += n.file.opens
+		}
+	}
+	return len(m.table.nodes), open
+}

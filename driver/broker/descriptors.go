@@ -1,0 +1,179 @@
+package broker
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/object"
+)
+
+// ioctls of /dev/fuse (include/uapi/linux/fuse.h).
+const (
+	backingOpen  = 0x4010e501 // FUSE_DEV_IOC_BACKING_OPEN, struct fuse_backing_map
+	backingClose = 0x4004e502 // FUSE_DEV_IOC_BACKING_CLOSE, u32
+)
+
+type backingMap struct {
+	fd      int32
+	flags   uint32
+	padding uint64
+}
+
+// register makes a worker's file the backing of passthrough reads, if it passes checkBacking.
+func (b *Broker) register(in brokerwire.Message, files []*os.File) (int32, error) {
+	m, err := b.lookup(in.Mount)
+	if err != nil {
+		return 0, err
+	}
+	if len(files) != 1 {
+		return 0, fmt.Errorf("register: one descriptor is needed, not %d: %w", len(files), object.ErrInvalid)
+	}
+	if err := checkBacking(files[0], b.dev, b.cfg.WorkerUID); err != nil {
+		b.cfg.Log.Error("backing file refused", "volume", in.Mount, "err", err)
+		return 0, err
+	}
+	arg := backingMap{fd: int32(files[0].Fd())}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.gone.Load() {
+		return 0, fmt.Errorf("register: volume %q has gone: %w", in.Mount, object.ErrNotFound)
+	}
+	id, _, errno := unix.Syscall(unix.SYS_IOCTL, m.fuse.Fd(), backingOpen, uintptr(unsafe.Pointer(&arg)))
+	if errno != 0 {
+		return 0, fmt.Errorf("register backing file: %w", errno)
+	}
+	m.backing[int32(id)] = struct{}{}
+	return int32(id), nil
+}
+
+// checkBacking is DESIGN §5.6: the kernel reopens a backing file with the reader's flags and
+// the broker's rights, so it must lie where even those cannot write.
+func checkBacking(f *os.File, tierDev uint64, workerUID uint32) error {
+	refuse := func(why string) error { return fmt.Errorf("backing file: %s: %w", why, object.ErrDenied) }
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return fmt.Errorf("backing file: %w", err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return refuse("not a regular file")
+	}
+	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
+	if err != nil {
+		return fmt.Errorf("backing file: %w", err)
+	}
+	if flags&unix.O_ACCMODE != unix.O_RDONLY || flags&unix.O_PATH != 0 {
+		return refuse("not opened read-only")
+	}
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil {
+		return fmt.Errorf("backing file: %w", err)
+	}
+	if fs.Flags&unix.ST_RDONLY == 0 {
+		return refuse("not opened through a read-only mount")
+	}
+	if st.Uid != workerUID {
+		return refuse(fmt.Sprintf("owned by uid %d, not by the worker (%d)", st.Uid, workerUID))
+	}
+	if uint64(st.Dev) != tierDev {
+		return refuse("not on the tier's file system")
+	}
+	return nil
+}
+
+// unregister closes a backing id. Open files keep what they have.
+func (b *Broker) unregister(in brokerwire.Message) error {
+	m, err := b.lookup(in.Mount)
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if _, ok := m.backing[in.Backing]; !ok {
+		return fmt.Errorf("backing id %d: %w", in.Backing, object.ErrNotFound)
+	}
+	id := uint32(in.Backing)
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, m.fuse.Fd(), backingClose, uintptr(unsafe.Pointer(&id))); errno != 0 {
+		return fmt.Errorf("close backing id %d: %w", in.Backing, errno)
+	}
+	delete(m.backing, in.Backing)
+	return nil
+}
+
+// replace takes a compacted memfd. Its header is written anew: a worker has no say in it.
+func (b *Broker) replace(in brokerwire.Message, files []*os.File) error {
+	m, err := b.lookup(in.Mount)
+	if err != nil {
+		return err
+	}
+	if len(files) != 1 {
+		return fmt.Errorf("replace: one descriptor is needed, not %d: %w", len(files), object.ErrInvalid)
+	}
+	if _, err := brokerwire.ReadState(files[0]); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := brokerwire.WriteState(files[0], m.state); err != nil {
+		return err
+	}
+	m.memfd.Close()
+	m.memfd, files[0] = files[0], nil
+	return nil
+}
+
+// takeBack accepts what a worker held while there was no broker.
+func (b *Broker) takeBack(s *session, in brokerwire.Message, files []*os.File) error {
+	if len(files) < 2 || len(files) > 3 {
+		return fmt.Errorf("give: two or three descriptors are needed, not %d: %w", len(files), object.ErrInvalid)
+	}
+	st, err := brokerwire.ReadState(files[1])
+	if err != nil {
+		return err
+	}
+	if st.Volume.ID != in.Mount {
+		return fmt.Errorf("give: state is of volume %q, not %q: %w", st.Volume.ID, in.Mount, object.ErrInvalid)
+	}
+	if err := checkFuse(files[0], st); err != nil {
+		return err
+	}
+	m := &mount{id: in.Mount, path: st.Path, dev: st.Dev, fuse: files[0], memfd: files[1], state: st, server: s, backing: map[int32]struct{}{}}
+	if len(files) == 3 {
+		m.listener = files[2]
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.mounts[in.Mount] != nil {
+		return fmt.Errorf("give: volume %q is held already: %w", in.Mount, brokerwire.ErrExists)
+	}
+	b.mounts[in.Mount] = m
+	for i := range files {
+		files[i] = nil
+	}
+	b.cfg.Log.Info("mount given back", "volume", in.Mount, "path", st.Path)
+	return nil
+}
+
+// checkFuse holds a descriptor against what is mounted: it must be /dev/fuse, and the path
+// that its state names must show a file system of ours with the device that it names.
+func checkFuse(f *os.File, st brokerwire.State) error {
+	var s unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &s); err != nil {
+		return fmt.Errorf("give: %w", err)
+	}
+	if s.Mode&unix.S_IFMT != unix.S_IFCHR || s.Rdev != unix.Mkdev(10, 229) {
+		return fmt.Errorf("give: not /dev/fuse: %w", object.ErrDenied)
+	}
+	dev, err := mountDev(st.Path)
+	if err != nil {
+		return err
+	}
+	if dev != st.Dev {
+		return errors.Join(fmt.Errorf("give: %s is another file system: %w", st.Path, object.ErrNotFound))
+	}
+	return nil
+}

@@ -1,0 +1,450 @@
+package broker
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/object"
+)
+
+const (
+	// FSType is what /proc/mounts calls our file systems.
+	FSType = "fuse.larder"
+
+	adoptTimeout = 30 * time.Second // for a worker to answer INIT and check its source
+	maxRead      = 1 << 20          // bytes of one READ; what the first INIT negotiates
+)
+
+// mount is one FUSE connection and everything that belongs to it.
+type mount struct {
+	id   string // of the volume
+	path string
+	dev  uint64 // st_dev of the FUSE file system
+
+	adopting sync.Mutex // one adoption at a time; held across calls to the worker
+	gone     atomic.Bool
+
+	fuse *os.File // /dev/fuse
+
+	mu       sync.Mutex // guards the fields below; never held across a call
+	memfd    *os.File
+	state    brokerwire.State
+	listener *os.File           // nil until the socket is bound
+	server   *session           // the worker it was given to
+	backing  map[int32]struct{} // ids registered in the kernel
+}
+
+func (m *mount) serves(s *session) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.server == s
+}
+
+func (m *mount) info(worker *session) brokerwire.Mount {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	v := m.state.Volume
+	v.Credentials = brokerwire.Credentials{}
+	return brokerwire.Mount{VolumeID: m.id, Path: m.path, Volume: v, Since: m.state.Since,
+		Served: worker != nil && m.server == worker, Takeovers: m.state.Takeovers, Socket: m.state.Socket}
+}
+
+// setState changes the header in the memfd.
+func (m *mount) setState(change func(*brokerwire.State)) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	s := m.state
+	change(&s)
+	if err := brokerwire.WriteState(m.memfd, s); err != nil {
+		return err
+	}
+	m.state = s
+	return nil
+}
+
+// mountVolume mounts a volume, or refreshes one that is mounted at the same path. A failure
+// leaves nothing mounted.
+func (b *Broker) mountVolume(ctx context.Context, in brokerwire.Message) error {
+	if in.Volume == nil || in.Volume.ID == "" || in.Path == "" {
+		return fmt.Errorf("mount: volume and path are needed: %w", object.ErrInvalid)
+	}
+	b.mounting.Lock() // one at a time: the second mount of a volume must see the first
+	defer b.mounting.Unlock()
+	if m, err := b.lookup(in.Volume.ID); err == nil {
+		if m.path != in.Path {
+			return fmt.Errorf("volume %q is mounted at %s: %w", m.id, m.path, brokerwire.ErrExists)
+		}
+		return b.refresh(ctx, in)
+	}
+	if err := os.MkdirAll(in.Path, 0o750); err != nil && !errors.Is(err, unix.ENOTCONN) {
+		return fmt.Errorf("mount point %s: %w", in.Path, err)
+	}
+	if err := clearDead(in.Path); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, adoptTimeout)
+	defer cancel()
+	s, err := b.current(ctx)
+	if err != nil {
+		return err
+	}
+	m, err := b.newMount(*in.Volume, in.Path)
+	if err != nil {
+		return err
+	}
+	m.adopting.Lock()
+	defer m.adopting.Unlock()
+	err = m.adopt(ctx, s, true)
+	if err == nil {
+		b.mu.Lock()
+		b.mounts[m.id] = m // from here on a worker that dies is followed by the next
+		b.mu.Unlock()
+		err = m.ensureSocket(ctx, s)
+	}
+	if err != nil {
+		b.discard(ctx, m)
+		return err
+	}
+	b.cfg.Log.Info("mounted", "volume", m.id, "path", in.Path, "source", in.Volume.Source)
+	return nil
+}
+
+// newMount mounts and reads the kernel's INIT, which is answered by adopt.
+func (b *Broker) newMount(v brokerwire.Volume, path string) (_ *mount, err error) {
+	fuse, err := os.OpenFile("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open /dev/fuse (is the fuse module loaded?): %w", err)
+	}
+	defer func() {
+		if err != nil {
+			fuse.Close()
+		}
+	}()
+	opts := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,max_read=%d", fuse.Fd(), maxRead)
+	if err := unix.Mount("larder", path, FSType, unix.MS_NOSUID|unix.MS_NODEV, opts); err != nil {
+		return nil, fmt.Errorf("mount %s: %w", path, err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, unix.Unmount(path, unix.MNT_DETACH))
+		}
+	}()
+	init := make([]byte, 64<<10)
+	n, err := unix.Read(int(fuse.Fd()), init) // the kernel has sent it by mount(2)
+	if err != nil {
+		return nil, fmt.Errorf("read INIT of %s: %w", path, err)
+	}
+	dev, err := mountDev(path)
+	if err != nil {
+		return nil, err
+	}
+	st := brokerwire.State{Volume: v, Path: path, Dev: dev, Since: time.Now(), InitIn: init[:n]}
+	memfd, err := brokerwire.NewState(st)
+	if err != nil {
+		return nil, err
+	}
+	if err := setReadAhead(dev, b.cfg.ReadAhead); err != nil {
+		b.cfg.Log.Warn("read-ahead", "path", path, "err", err)
+	}
+	return &mount{id: v.ID, path: path, dev: dev, fuse: fuse, memfd: memfd, state: st, backing: map[int32]struct{}{}}, nil
+}
+
+// adopt feeds a worker: it plays the kernel's INIT to it over a socket pair, checks that it
+// answers as the first one did, and sends it the descriptors. Requires m.adopting.
+func (m *mount) adopt(ctx context.Context, s *session, fresh bool) error {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("socketpair: %w", err)
+	}
+	ours, theirs := os.NewFile(uintptr(pair[0]), "init"), os.NewFile(uintptr(pair[1]), "init")
+	defer ours.Close()
+	defer theirs.Close()
+
+	m.mu.Lock()
+	st, files := m.state, []*os.File{m.fuse, m.memfd, theirs}
+	if m.listener != nil {
+		files = append(files, m.listener)
+	}
+	m.mu.Unlock()
+	if _, err := ours.Write(maskInit(st.InitIn, st.InitOut)); err != nil {
+		return fmt.Errorf("feed INIT: %w", err)
+	}
+	answered := make(chan error, 1)
+	go func() { answered <- m.checkAnswer(ours, st.InitOut) }()
+	_, _, err = s.peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Adopt, Mount: m.id, Fresh: fresh}, files...)
+	theirs.Close()
+	unix.Shutdown(int(ours.Fd()), unix.SHUT_RDWR) // ends checkAnswer if there was no answer
+	aerr := <-answered
+	if err != nil {
+		return err // says why there was no answer
+	}
+	if aerr != nil {
+		s.peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Drop, Mount: m.id}) // its error is of no use: ours is returned
+		return aerr
+	}
+	m.mu.Lock()
+	m.server = s
+	m.mu.Unlock()
+	if !fresh {
+		return m.setState(func(st *brokerwire.State) { st.Takeovers++ })
+	}
+	return nil
+}
+
+// checkAnswer reads the worker's answer. The first one goes to the kernel; later ones must
+// agree with it.
+func (m *mount) checkAnswer(ours *os.File, first []byte) error {
+	b := make([]byte, 4096)
+	n, err := unix.Read(int(ours.Fd()), b)
+	if err != nil || n == 0 {
+		return fmt.Errorf("worker did not answer INIT: %w", errors.Join(err, object.ErrUnavailable))
+	}
+	if first != nil {
+		return sameInit(first, b[:n])
+	}
+	if err := checkInit(b[:n]); err != nil {
+		return err
+	}
+	if err := m.setState(func(s *brokerwire.State) { s.InitOut = bytes.Clone(b[:n]) }); err != nil {
+		return err
+	}
+	if _, err := unix.Write(int(m.fuse.Fd()), b[:n]); err != nil {
+		return fmt.Errorf("answer INIT: %w", err)
+	}
+	return nil
+}
+
+// Offsets in struct fuse_init_in behind its 40 byte header and in fuse_init_out behind its
+// 16 byte header (include/uapi/linux/fuse.h).
+const (
+	inFlags, inFlags2                            = 40 + 12, 40 + 16
+	outMinor, outFlags, outMaxWrite              = 16 + 4, 16 + 12, 16 + 20
+	outMaxPages, outFlags2, outStackDepth        = 16 + 28, 16 + 32, 16 + 36
+	initInSize, initOutSize                      = 40 + 64, 16 + 64
+	initWantsFlags2                       uint32 = 1 << 30 // FUSE_INIT_EXT
+)
+
+func u32(b []byte, off int) uint32 { return binary.LittleEndian.Uint32(b[off:]) }
+
+// maskInit is the INIT for a later worker: it is offered what was negotiated, no more.
+func maskInit(in, out []byte) []byte {
+	in = bytes.Clone(in)
+	if out == nil || len(in) < initInSize || len(out) < initOutSize {
+		return in
+	}
+	flags := u32(in, inFlags) & (u32(out, outFlags) | initWantsFlags2)
+	binary.LittleEndian.PutUint32(in[inFlags:], flags)
+	binary.LittleEndian.PutUint32(in[inFlags2:], u32(in, inFlags2)&u32(out, outFlags2))
+	return in
+}
+
+func checkInit(out []byte) error {
+	if len(out) < initOutSize || int32(u32(out, 4)) != 0 {
+		return fmt.Errorf("worker refused INIT: %w", object.ErrInvalid)
+	}
+	return nil
+}
+
+// sameInit holds a later worker's answer against the first.
+func sameInit(first, b []byte) error {
+	if err := checkInit(b); err != nil {
+		return err
+	}
+	for _, f := range []struct {
+		name string
+		off  int
+	}{{"minor version", outMinor}, {"flags", outFlags}, {"flags2", outFlags2}, {"stack depth", outStackDepth}} {
+		if u32(first, f.off) != u32(b, f.off) {
+			return fmt.Errorf("worker answers INIT with %s %#x, negotiated was %#x: %w", f.name, u32(b, f.off), u32(first, f.off), object.ErrInvalid)
+		}
+	}
+	if u32(b, outMaxWrite) < u32(first, outMaxWrite) {
+		return fmt.Errorf("worker takes requests of %d bytes, the mount sends %d: raise the sysctl fs.fuse.max_pages_limit: %w",
+			u32(b, outMaxWrite), u32(first, outMaxWrite), object.ErrInvalid)
+	}
+	return nil
+}
+
+// ensureSocket binds domain/<uuid> through the mount and hands the listener to the worker.
+// A worker with another uuid gets a socket of that name. Requires m.adopting.
+func (m *mount) ensureSocket(ctx context.Context, s *session) error {
+	m.mu.Lock()
+	bound := m.state.Socket
+	m.mu.Unlock()
+	if bound == s.uuid {
+		return nil
+	}
+	type result struct {
+		l   *os.File
+		err error
+	}
+	done := make(chan result, 1)
+	go func() { // it asks the worker; if that dies it waits for the next one, or for the mount's end
+		l, err := bindThrough(m.path, s.uuid)
+		done <- result{l, err}
+	}()
+	var l *os.File
+	select {
+	case r := <-done:
+		if r.err != nil {
+			return fmt.Errorf("bind domain/%s: %w", s.uuid, r.err)
+		}
+		l = r.l
+	case <-ctx.Done():
+		go func() { brokerwire.CloseFiles([]*os.File{(<-done).l}) }()
+		return fmt.Errorf("bind domain/%s: %w", s.uuid, context.Cause(ctx))
+	}
+	m.mu.Lock()
+	old := m.listener
+	m.listener = l
+	m.mu.Unlock()
+	if old != nil {
+		old.Close()
+	}
+	if err := m.setState(func(st *brokerwire.State) { st.Socket = s.uuid }); err != nil {
+		return err
+	}
+	_, _, err := s.peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Listen, Mount: m.id}, l)
+	return err
+}
+
+func (m *mount) volume() brokerwire.Volume {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.state.Volume
+}
+
+// refresh puts new credentials into the memfd and tells the worker.
+func (b *Broker) refresh(ctx context.Context, in brokerwire.Message) error {
+	if in.Volume == nil {
+		return fmt.Errorf("refresh: a volume is needed: %w", object.ErrInvalid)
+	}
+	m, err := b.lookup(in.Volume.ID)
+	if err != nil {
+		return err
+	}
+	if m.volume() == *in.Volume {
+		return nil
+	}
+	if err := m.setState(func(s *brokerwire.State) { s.Volume = *in.Volume }); err != nil {
+		return err
+	}
+	b.mu.Lock()
+	s := b.worker
+	b.mu.Unlock()
+	if s == nil {
+		return nil // the next worker reads the memfd
+	}
+	_, _, err = s.peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Reload, Mount: m.id})
+	return err
+}
+
+// discard undoes a mount.
+func (b *Broker) discard(ctx context.Context, m *mount) {
+	if err := unix.Unmount(m.path, unix.MNT_DETACH); err != nil {
+		b.cfg.Log.Error("unmount", "path", m.path, "err", err)
+	}
+	b.release(ctx, m)
+}
+
+// release lets go of a mount that is no longer in the mount table.
+func (b *Broker) release(ctx context.Context, m *mount) {
+	m.gone.Store(true)
+	b.mu.Lock()
+	if b.mounts[m.id] == m {
+		delete(b.mounts, m.id)
+	}
+	s := b.worker
+	b.mu.Unlock()
+	if s != nil {
+		if _, _, err := s.peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Drop, Mount: m.id}); err != nil && !errors.Is(err, object.ErrNotFound) {
+			b.cfg.Log.Warn("drop", "volume", m.id, "err", err)
+		}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.fuse.Close()
+	m.memfd.Close()
+	if m.listener != nil {
+		m.listener.Close()
+	}
+}
+
+// unmount removes whatever is mounted at path; a volume with it if that was its FUSE mount.
+func (b *Broker) unmount(ctx context.Context, path string) error {
+	if path == "" {
+		return fmt.Errorf("unmount: a path is needed: %w", object.ErrInvalid)
+	}
+	b.mounting.Lock()
+	defer b.mounting.Unlock()
+	m := b.at(path)
+	if m != nil {
+		if others, err := otherMounts(m.dev, path); err != nil || len(others) > 0 {
+			return errors.Join(err, fmt.Errorf("volume %q is still published at %q: %w", m.id, others, object.ErrBusy))
+		}
+	}
+	if err := unmountAll(path); err != nil {
+		return err
+	}
+	if m != nil {
+		b.release(ctx, m)
+		b.cfg.Log.Info("unmounted", "volume", m.id, "path", path)
+	}
+	return nil
+}
+
+func (b *Broker) at(path string) *mount {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, m := range b.mounts {
+		if m.path == path {
+			return m
+		}
+	}
+	return nil
+}
+
+// unmountEverything removes every mount and its binds: `larder up` leaves none.
+func (b *Broker) unmountEverything() error {
+	b.mu.Lock()
+	held := make([]*mount, 0, len(b.mounts))
+	for _, m := range b.mounts {
+		held = append(held, m)
+	}
+	b.mu.Unlock()
+	var errs []error
+	for _, m := range held {
+		paths, err := otherMounts(m.dev, "")
+		errs = append(errs, err)
+		for _, p := range paths {
+			if err := unix.Unmount(p, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && err != unix.EINVAL {
+				errs = append(errs, fmt.Errorf("unmount %s: %w", p, err))
+			}
+		}
+		b.release(context.Background(), m)
+	}
+	return errors.Join(errs...)
+}
+
+// bind shows a volume, or its data/, at a target. The new mount is read-only before
+// anybody can see it.
+func (b *Broker) bind(in brokerwire.Message) error {
+	m, err := b.lookup(in.Mount)
+	if err != nil {
+		return err
+	}
+	if in.Target == "" {
+		return fmt.Errorf("bind: a target is needed: %w", object.ErrInvalid)
+	}
+	return bindTree(m.path, in.Sub, in.Target, in.ReadOnly, m.dev)
+}

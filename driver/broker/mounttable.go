@@ -1,0 +1,220 @@
+package broker
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/object"
+)
+
+// entry is a line of /proc/self/mountinfo. Reading it never touches a file system, so a
+// dead FUSE mount cannot block us.
+type entry struct {
+	dev    uint64
+	path   string
+	fstype string
+}
+
+func mountTable() ([]entry, error) {
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return nil, fmt.Errorf("mount table: %w", err)
+	}
+	defer f.Close()
+	var out []entry
+	sc := bufio.NewScanner(f)
+	sc.Buffer(nil, 1<<20)
+	for sc.Scan() {
+		if e, ok := parseEntry(sc.Text()); ok {
+			out = append(out, e)
+		}
+	}
+	if err := sc.Err(); err != nil {
+		return nil, fmt.Errorf("mount table: %w", err)
+	}
+	return out, nil
+}
+
+// parseEntry reads "36 35 98:0 /root /mount/point opts - type source opts".
+func parseEntry(line string) (entry, bool) {
+	left, right, ok := strings.Cut(line, " - ")
+	f, g := strings.Fields(left), strings.Fields(right)
+	if !ok || len(f) < 5 || len(g) < 1 {
+		return entry{}, false
+	}
+	major, minor, ok := strings.Cut(f[2], ":")
+	ma, err1 := strconv.ParseUint(major, 10, 32)
+	mi, err2 := strconv.ParseUint(minor, 10, 32)
+	if !ok || err1 != nil || err2 != nil {
+		return entry{}, false
+	}
+	return entry{dev: unix.Mkdev(uint32(ma), uint32(mi)), path: unescape(f[4]), fstype: g[0]}, true
+}
+
+// unescape undoes the kernel's \040 for space, tab, newline and backslash.
+func unescape(s string) string {
+	if !strings.Contains(s, `\`) {
+		return s
+	}
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) {
+			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				b.WriteByte(byte(n))
+				i += 3
+				continue
+			}
+		}
+		b.WriteByte(s[i])
+	}
+	return b.String()
+}
+
+// mountDev is the device of the topmost mount at path.
+func mountDev(path string) (uint64, error) {
+	es, err := mountTable()
+	if err != nil {
+		return 0, err
+	}
+	for i := len(es) - 1; i >= 0; i-- {
+		if es[i].path == path {
+			return es[i].dev, nil
+		}
+	}
+	return 0, fmt.Errorf("nothing is mounted at %s: %w", path, object.ErrNotFound)
+}
+
+// otherMounts are the places, except path, where the file system dev is mounted.
+func otherMounts(dev uint64, path string) ([]string, error) {
+	es, err := mountTable()
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, e := range es {
+		if e.dev == dev && e.path != path {
+			out = append(out, e.path)
+		}
+	}
+	return out, nil
+}
+
+// unmountAll removes every mount stacked at path; none is no error.
+func unmountAll(path string) error {
+	for {
+		if _, err := mountDev(path); errors.Is(err, object.ErrNotFound) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		switch err := unix.Unmount(path, unix.UMOUNT_NOFOLLOW); err {
+		case nil, unix.EINVAL, unix.ENOENT:
+		case unix.EBUSY:
+			return fmt.Errorf("unmount %s: a process still uses it: %w", path, object.ErrBusy)
+		default:
+			return fmt.Errorf("unmount %s: %w", path, err)
+		}
+	}
+}
+
+// clearDead removes mounts of ours at path that no broker holds: both holders died.
+func clearDead(path string) error {
+	es, err := mountTable()
+	if err != nil {
+		return err
+	}
+	for _, e := range es {
+		if e.path != path {
+			continue
+		}
+		if e.fstype != FSType {
+			return fmt.Errorf("%s is a mount point of %s: %w", path, e.fstype, brokerwire.ErrExists)
+		}
+		if err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
+			return fmt.Errorf("unmount dead %s: %w", path, err)
+		}
+	}
+	return nil
+}
+
+// bindTree shows from[/sub] at target. It is idempotent; something else at target is ErrExists.
+func bindTree(from, sub, target string, readOnly bool, dev uint64) error {
+	if d, err := mountDev(target); err == nil {
+		if d != dev {
+			return fmt.Errorf("%s: %w", target, brokerwire.ErrExists)
+		}
+		return nil
+	}
+	fd, err := unix.OpenTree(unix.AT_FDCWD, filepath.Join(from, sub), unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
+	if err != nil {
+		return fmt.Errorf("open tree %s: %w", filepath.Join(from, sub), err)
+	}
+	defer unix.Close(fd)
+	if readOnly {
+		attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
+		if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+			return fmt.Errorf("make the bind of %s read-only: %w", from, err)
+		}
+	}
+	if err := unix.MoveMount(fd, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("bind %s at %s: %w", from, target, err)
+	}
+	return nil
+}
+
+// makeView mounts dir a second time, read-only.
+func makeView(dir, view string) error {
+	if err := os.MkdirAll(view, 0o755); err != nil {
+		return fmt.Errorf("view: %w", err)
+	}
+	if err := unmountAll(view); err != nil { // of a broker that was killed
+		return err
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		return fmt.Errorf("view of %s: %w", dir, err)
+	}
+	return bindTree(dir, "", view, true, uint64(st.Dev))
+}
+
+// setReadAhead sets how far the kernel asks ahead in a mount.
+func setReadAhead(dev uint64, bytes int64) error {
+	path := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", unix.Major(dev), unix.Minor(dev))
+	return os.WriteFile(path, strconv.AppendInt(nil, bytes>>10, 10), 0)
+}
+
+// warnTimeout says that a sysctl would kill mounts that wait for a worker.
+func warnTimeout(log *slog.Logger) {
+	const name = "/proc/sys/fs/fuse/max_request_timeout"
+	b, err := os.ReadFile(name)
+	if s := strings.TrimSpace(string(b)); err == nil && s != "0" {
+		log.Warn("sysctl fs.fuse.max_request_timeout is not 0: mounts die while they wait for a worker", "seconds", s)
+	}
+}
+
+// bindThrough makes the socket domain/name in the FUSE file system at path and listens on
+// it. Paths of a kubelet are longer than sun_path, so it is bound through a descriptor.
+func bindThrough(path, name string) (*os.File, error) {
+	dir, err := os.OpenFile(filepath.Join(path, "domain"), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	l, err := net.Listen("unix", fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), name))
+	if err != nil {
+		return nil, err
+	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	defer l.Close()
+	return l.(*net.UnixListener).File()
+}
