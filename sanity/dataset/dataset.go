@@ -62,14 +62,14 @@ func WriteSales(ctx context.Context, dir string, total int64) (Files, error) {
 // symbolic links to folders at the top of the tree, as distributions of Go have them, and
 // leaves out all others. skip says which paths, relative to from, are left out as well.
 func CopyTree(ctx context.Context, dir, name, from string, skip func(rel string) bool) (Files, error) {
-	paths, err := tree(from, skip)
+	files, err := tree(from, skip)
 	if err != nil {
 		return nil, err
 	}
-	files := make(Files, len(paths))
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(2 * runtime.GOMAXPROCS(0))
-	for i, rel := range paths {
+	for i := range files {
+		rel := files[i].Path
 		files[i].Path = path.Join(name, rel)
 		g.Go(func() error {
 			if err := ctx.Err(); err != nil {
@@ -89,12 +89,22 @@ func CopyTree(ctx context.Context, dir, name, from string, skip func(rel string)
 	return files, g.Wait()
 }
 
-func tree(root string, skip func(rel string) bool) ([]string, error) {
+// TreeBytes is the size of what CopyTree would copy.
+func TreeBytes(from string) (n int64, err error) {
+	files, err := tree(from, func(string) bool { return false })
+	for _, f := range files {
+		n += f.Size
+	}
+	return n, err
+}
+
+// tree lists the regular files below root; paths are relative to it.
+func tree(root string, skip func(rel string) bool) (Files, error) {
 	top, err := os.ReadDir(root)
 	if err != nil {
 		return nil, err
 	}
-	var paths []string
+	var files Files
 	for _, e := range top {
 		at := filepath.Join(root, e.Name())
 		if info, err := os.Stat(at); err == nil && info.IsDir() {
@@ -107,16 +117,20 @@ func tree(root string, skip func(rel string) bool) ([]string, error) {
 				return err
 			}
 			rel := e.Name() + filepath.ToSlash(strings.TrimPrefix(p, at))
-			if !skip(rel) {
-				paths = append(paths, rel)
+			if skip(rel) {
+				return nil
 			}
-			return nil
+			info, err := d.Info()
+			if err == nil {
+				files = append(files, File{Path: rel, Size: info.Size()})
+			}
+			return err
 		})
 		if err != nil {
 			return nil, err
 		}
 	}
-	return paths, nil
+	return files, nil
 }
 
 // write makes the file below dir with what fill writes, and notes its size and sum.
@@ -144,9 +158,8 @@ func (f *File) write(dir string, fill func(io.Writer) error) (err error) {
 	return nil
 }
 
-// Upload puts the files, which lie in dir, into the bucket below prefix. done is called
-// after each, from several goroutines.
-func Upload(ctx context.Context, to *s3.Client, bucket, prefix, dir string, files Files, done func(File)) error {
+// Upload puts the files, which lie in dir, into the bucket below prefix.
+func Upload(ctx context.Context, to *s3.Client, bucket, prefix, dir string, files Files) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(8)
 	for _, f := range files {
@@ -161,7 +174,6 @@ func Upload(ctx context.Context, to *s3.Client, bucket, prefix, dir string, file
 			if err != nil {
 				return fmt.Errorf("put %s: %w", key, err)
 			}
-			done(f)
 			return nil
 		})
 	}

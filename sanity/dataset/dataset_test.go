@@ -83,6 +83,9 @@ func TestTreeIsCopiedThroughLinksAtItsTop(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if n, err := TreeBytes(root); err != nil || n != files.Bytes()+int64(len("binary")) {
+		t.Errorf("TreeBytes = %d, %v; copied %d", n, err, files.Bytes())
+	}
 	var paths []string
 	for _, f := range files {
 		paths = append(paths, f.Path)

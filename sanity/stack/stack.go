@@ -212,6 +212,24 @@ func (s *Stack) Close() error {
 // Abort ends every FUSE connection of the stack: whoever waits in a read gets an error.
 func (s *Stack) Abort() error { return leak.Abort(s.dir) }
 
+// Command is a program that reads volumes of the stack. When ctx ends it is killed; where a
+// broken mount keeps it from dying the FUSE connections are aborted. Close ends it too.
+func (s *Stack) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Env = append(os.Environ(), "TMPDIR="+s.tmp())
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a Ctrl-C at the terminal is for us alone
+	cmd.Cancel = func() error {
+		pid := cmd.Process.Pid
+		time.AfterFunc(5*time.Second, func() {
+			if syscall.Kill(pid, 0) == nil {
+				s.Abort()
+			}
+		})
+		return syscall.Kill(-pid, syscall.SIGKILL)
+	}
+	return cmd
+}
+
 // Status is what `larder status -o json` says.
 type Status struct {
 	CachedBytes  int64           `json:"cachedBytes"`
@@ -225,8 +243,7 @@ func (s *Stack) Status(ctx context.Context) (Status, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	var out, diag bytes.Buffer
-	cmd := exec.CommandContext(ctx, s.Binary, "status", "--dir", s.Dir(), "-o", "json")
-	cmd.Env = append(os.Environ(), "TMPDIR="+s.tmp())
+	cmd := s.Command(ctx, s.Binary, "status", "--dir", s.Dir(), "-o", "json")
 	cmd.Stdout, cmd.Stderr = &out, &diag
 	if err := cmd.Run(); err != nil {
 		return Status{}, fmt.Errorf("larder status: %w: %s", err, bytes.TrimSpace(diag.Bytes()))
