@@ -40,10 +40,9 @@ func (fs Files) Bytes() (n int64) {
 	return n
 }
 
-// WriteSales writes a sales table of at least total bytes into dir, one file per quarter, and
-// returns the files with paths below the folder "sales".
-func WriteSales(ctx context.Context, dir string, total int64) (Files, error) {
-	const quarters = 8
+// WriteSales writes a sales table of at least total bytes into the folder "sales" of dir, one
+// file for each of the quarters.
+func WriteSales(ctx context.Context, dir string, quarters int, total int64) (Files, error) {
 	files := make(Files, quarters)
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(runtime.GOMAXPROCS(0))
@@ -51,7 +50,7 @@ func WriteSales(ctx context.Context, dir string, total int64) (Files, error) {
 		files[q].Path = path.Join("sales", quarterName(q))
 		g.Go(func() error {
 			return files[q].write(dir, func(w io.Writer) error {
-				return writeQuarter(ctx, w, q, (total+quarters-1)/quarters)
+				return writeQuarter(ctx, w, q, (total+int64(quarters)-1)/int64(quarters))
 			})
 		})
 	}

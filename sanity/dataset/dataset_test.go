@@ -20,7 +20,7 @@ func TestMain(m *testing.M) { os.Exit(leak.Run(m)) }
 
 func TestSalesAreTheSameEverywhere(t *testing.T) {
 	dir := t.TempDir()
-	files, err := WriteSales(t.Context(), dir, 1<<20)
+	files, err := WriteSales(t.Context(), dir, 8, 1<<20)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -38,7 +38,7 @@ func TestSalesAreTheSameEverywhere(t *testing.T) {
 
 func TestSalesAreCSV(t *testing.T) {
 	dir := t.TempDir()
-	files, err := WriteSales(t.Context(), dir, 4<<20)
+	files, err := WriteSales(t.Context(), dir, 8, 4<<20)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,7 +100,7 @@ func TestTreeIsCopiedThroughLinksAtItsTop(t *testing.T) {
 func TestWritingStopsWithItsContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := WriteSales(ctx, t.TempDir(), 1<<30); !errors.Is(err, context.Canceled) {
+	if _, err := WriteSales(ctx, t.TempDir(), 8, 1<<30); !errors.Is(err, context.Canceled) {
 		t.Errorf("WriteSales = %v, want it canceled", err)
 	}
 }

@@ -154,7 +154,7 @@ func (d *demo) startS3(ctx context.Context) (err error) {
 }
 
 func (d *demo) generate(ctx context.Context, bytes int64) (err error) {
-	d.sales, err = dataset.WriteSales(ctx, d.native(), bytes)
+	d.sales, err = dataset.WriteSales(ctx, d.native(), 8, bytes)
 	return err
 }
 

@@ -37,7 +37,7 @@ func perform(t *testing.T, in task) (report, error) {
 func sales(t *testing.T) (dir string, files dataset.Files) {
 	t.Helper()
 	dir = t.TempDir()
-	files, err := dataset.WriteSales(t.Context(), dir, 3<<20)
+	files, err := dataset.WriteSales(t.Context(), dir, 8, 3<<20)
 	if err != nil {
 		t.Fatal(err)
 	}
