@@ -26,7 +26,7 @@ type head struct {
 
 // Granted reports whether the principal of the reader may have the object's bytes now.
 func (r *Reader) Granted() bool {
-	return r.f.store.Granted(r.id, r.principal) || r.through.Load() && r.f.remembers(headKey{r.id, r.principal})
+	return r.f.store.Granted(r.id, r.principal) || r.f.remembers(headKey{r.id, r.principal})
 }
 
 // Authorize is for opening: nil if the principal has a grant, or if nothing of the object is here,

@@ -124,7 +124,7 @@ func (c *Cache) listDenied(t *table, dir string) {
 func (v *View) load(ctx context.Context, dir, after string, a ask) (*segment, error) {
 	return v.do(ctx, flightKey{v.t, "list", dir, after}, a, func(ctx context.Context) (*segment, error) {
 		seg := &segment{lo: above(after), page: true, from: after}
-		in := source.ListInput{Prefix: dir, After: afterOf(after)}
+		in := source.ListInput{Prefix: dir, After: v.c.listAfter(v.t, dir, after)}
 		for {
 			page, err := v.src.List(ctx, in)
 			if errors.Is(err, object.ErrNotFound) { // a store with folders of its own
@@ -140,12 +140,26 @@ func (v *View) load(ctx context.Context, dir, after string, a ask) (*segment, er
 				return seg, nil
 			}
 			if n := len(seg.slots); n > 0 {
+				seg.next = page.Next
 				seg.hi = above(seg.slots[n-1].key[len(dir):])
 				return seg, nil
 			}
 			in.After = page.Next // all of it was hidden
 		}
 	})
+}
+
+// listAfter is the After of a list that goes on behind the cookie: what the store said with the
+// page that ends there, if that is remembered.
+func (c *Cache) listAfter(t *table, dir, cookie string) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if f := t.folders[dir]; f != nil && cookie != "" {
+		if seg := f.covering(cookie); seg != nil && seg.hi == above(cookie) && seg.next != "" {
+			return seg.next
+		}
+	}
+	return afterOf(cookie)
 }
 
 // slots merges a page in key order.

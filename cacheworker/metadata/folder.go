@@ -15,6 +15,7 @@ type segment struct {
 	slots  []slot        // by key
 	void   bool          // nothing is known here, and what was asked before seq is wrong
 	page   bool          // of a LIST
+	next   string        // of a page with others behind it: the store's name for its end
 	from   string        // of a page: the cookie it was listed behind
 	hidden int           // keys of the page that no path can express
 	at     time.Duration // when it was asked, since Cache.start
@@ -47,6 +48,15 @@ type fact struct {
 	seg     *segment
 	slot    slot
 	present bool
+}
+
+func (f fact) void() bool { return f.seg != nil && f.seg.void }
+
+func (f fact) voidSeq() uint64 {
+	if f.void() {
+		return f.seg.seq
+	}
+	return 0
 }
 
 func (f *folder) find(key string) fact {
@@ -103,7 +113,7 @@ func (s *segment) cut(lo, hi string, prefixLen int) *segment {
 	if lo < s.lo {
 		lo = s.lo
 	}
-	if s.hi != "" && !below(s.hi, hi) || hi == "" {
+	if hi == "" || s.hi != "" && s.hi < hi {
 		hi = s.hi
 	}
 	if !below(lo, hi) {
@@ -114,6 +124,9 @@ func (s *segment) cut(lo, hi string, prefixLen int) *segment {
 	n.slots = n.onward(lo, prefixLen)
 	if hi != "" {
 		n.slots = n.slots[:len(n.slots)-len(n.onward(hi, prefixLen))]
+	}
+	if hi != s.hi {
+		n.next = ""
 	}
 	if lo != s.lo {
 		n.hidden = 0

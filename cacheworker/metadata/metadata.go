@@ -227,8 +227,8 @@ func (c *Cache) known(t *table, dir, name string, maxAge time.Duration) (k knowl
 	switch {
 	case maxAge <= 0:
 		k.single = true
-	case file.seg != nil && file.seg.void:
-		k.ask, k.single = ask{seq: file.seg.seq}, true // whatever was sent after the invalidation will do
+	case file.void() || folder.void():
+		k.ask, k.single = ask{seq: max(file.voidSeq(), folder.voidSeq())}, true // whatever was sent after the invalidation will do
 	case c.now()-f.deniedAt < deniedMemory:
 		k.single = true
 	case file.seg != nil && file.seg.page:
@@ -455,7 +455,13 @@ func (v *View) Invalidate(dir, name string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.seq++
-	c.insert(v.t, dir, &segment{lo: name, hi: above(name), void: true, at: c.now(), seq: c.seq, cache: c})
+	void := func(key string) {
+		c.insert(v.t, dir, &segment{lo: key, hi: above(key), void: true, at: c.now(), seq: c.seq, cache: c})
+	}
+	if f := v.t.folders[dir]; f != nil && f.find(name+"/").present {
+		void(name + "/")
+	}
+	void(name)
 }
 
 // ask is what an answer must satisfy.
