@@ -137,7 +137,7 @@ func (s *Source) Get(ctx context.Context, obj object.Object, off, n int64) (_ io
 func (s *Source) open(key string) (*os.File, error) {
 	info, err := s.root.Stat(key)
 	if err == nil && !info.Mode().IsRegular() {
-		err = fs.ErrNotExist
+		err = unix.ENOENT
 	}
 	if err != nil {
 		return nil, err

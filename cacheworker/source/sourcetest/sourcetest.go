@@ -153,45 +153,71 @@ func testOverwritten(t *testing.T, st Store) {
 	const versions, words = 300, 16 << 10
 	st.Put(t, "a", repeated(0, words))
 	ctx, stop := context.WithCancel(t.Context())
-	var mu sync.Mutex
-	contents := map[string]uint64{}
-	whole := 0
-	var wg sync.WaitGroup
+	seen := &contents{words: map[string]uint64{}, whole: make(chan struct{}, 1)}
+	var readers sync.WaitGroup
 	for range 4 {
 		s := st.Open(t)
-		wg.Go(func() {
+		readers.Go(func() {
 			for ctx.Err() == nil {
 				version, got, err := readWhole(t.Context(), s, "a")
 				if errors.Is(err, object.ErrChanged) || errors.Is(err, object.ErrNotFound) {
 					continue
 				}
+				if err == nil {
+					err = seen.add(version, got)
+				}
 				if err != nil {
-					t.Errorf("read: %v", err)
+					t.Error(err)
 					return
 				}
-				word, err := same(got)
-				if err != nil {
-					t.Errorf("version %s: %v", version, err)
-				}
-				mu.Lock()
-				whole++
-				if first, ok := contents[version]; ok && first != word {
-					t.Errorf("version %s is content %d and content %d", version, first, word)
-				}
-				contents[version] = word
-				mu.Unlock()
 			}
 		})
 	}
+	ended := make(chan struct{})
+	go func() { readers.Wait(); close(ended) }()
 	for i := range versions {
 		st.Put(t, "a", repeated(uint64(i+1), words))
+		if i%10 == 0 {
+			select { // let one be read; the store may be too busy with us for readers to keep up
+			case <-seen.whole:
+			case <-ended:
+			}
+		}
 	}
 	stop()
-	wg.Wait()
-	t.Logf("%d whole reads of %d versions out of %d", whole, len(contents), versions)
-	if whole == 0 {
-		t.Error("no read was whole")
+	<-ended
+	t.Logf("%d whole reads of %d versions out of %d", seen.reads, len(seen.words), versions)
+	if len(seen.words) < 5 {
+		t.Errorf("only %d versions were read", len(seen.words))
 	}
+}
+
+// contents are the words that were read, by version.
+type contents struct {
+	whole chan struct{} // holds a token when something was added
+
+	mu    sync.Mutex // guards the fields below
+	words map[string]uint64
+	reads int
+}
+
+func (c *contents) add(version string, p []byte) error {
+	word, err := same(p)
+	if err != nil {
+		return fmt.Errorf("version %s: %w", version, err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if first, ok := c.words[version]; ok && first != word {
+		return fmt.Errorf("version %s is content %d and content %d", version, first, word)
+	}
+	c.words[version] = word
+	c.reads++
+	select {
+	case c.whole <- struct{}{}:
+	default:
+	}
+	return nil
 }
 
 func readWhole(ctx context.Context, s source.Source, key string) (version string, _ []byte, _ error) {
