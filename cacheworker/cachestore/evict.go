@@ -20,7 +20,9 @@ type heldKey struct {
 }
 
 const (
-	roomAge    = time.Second // how old a statfs may be
+	roomAge    = time.Second // how old a statfs may be while there is plenty
+	plenty     = 256 << 20   // bytes above what is kept free
+	plentyInos = 4096
 	probeEvery = time.Second // for held files; sooner when room is wanted
 	probeSoon  = 50 * time.Millisecond
 	probeMax   = 1024 // held files looked at in one go
@@ -29,6 +31,7 @@ const (
 // reserve takes room for bytes and inodes, evicting what it must. The bytes are counted from
 // now on: settle makes them the entry's. object.ErrNoSpace if all that is left is leased or held.
 func (s *Store) reserve(bytes, inodes int64) error {
+	s.refreshRoom()
 	if s.take(bytes, inodes) {
 		return nil
 	}
@@ -65,7 +68,6 @@ func (s *Store) notify(id object.ID) {
 
 // take reserves if there is room.
 func (s *Store) take(bytes, inodes int64) bool {
-	s.refreshRoom()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed ||
@@ -80,11 +82,13 @@ func (s *Store) take(bytes, inodes int64) bool {
 	return true
 }
 
-// refreshRoom asks the file system, in which others write too, at most once a second and
-// after every eviction.
+// refreshRoom asks the file system, in which others write too: every time when it is nearly
+// full. Not between evictions: some file systems free later, and we would evict too much.
 func (s *Store) refreshRoom() {
 	s.mu.Lock()
-	fresh := time.Since(s.fsAt) < roomAge
+	fresh := time.Since(s.fsAt) < roomAge &&
+		s.fsRoom.bytes > s.cfg.MinFreeBytes+plenty &&
+		(s.fsRoom.totalInodes == 0 || s.fsRoom.inodes > s.cfg.MinFreeInodes+plentyInos)
 	s.mu.Unlock()
 	if fresh {
 		return

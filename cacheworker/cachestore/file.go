@@ -8,6 +8,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/cespare/xxhash/v2"
 	"github.com/cockroachdb/pebble/v2"
@@ -429,7 +430,7 @@ func (e *entry) takeWaste(i int) bool {
 func (s *Store) trouble(err error) {
 	s.putErrors.Add(1)
 	s.mu.Lock()
-	s.fsAt = s.fsAt.Add(-roomAge) // look at the file system again
+	s.fsAt = time.Time{} // look at the file system again
 	s.mu.Unlock()
 	if !s.fullLogged.Swap(true) {
 		s.log.Error("cache cannot be written, reading through", "err", err)

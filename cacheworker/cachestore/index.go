@@ -4,10 +4,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -111,15 +111,18 @@ const maxObjectBytes = object.ChunkSize << 31
 // loses nothing that was reported. If the database fails for good (its log cannot be
 // written), waiters are let go with errIndex and the store goes on reading.
 type index struct {
+	dir dir // the caller's
 	db  *pebble.DB
 	log *slog.Logger
 
-	opening atomic.Bool // pebble.Open is running: its last words become its error
-	writes  chan indexWrite
-	quit    chan struct{} // closed by close
-	done    chan struct{} // closed when the writer has ended
-	broken  chan struct{} // closed by fail
-	failed  sync.Once
+	writes chan indexWrite
+	quit   chan struct{} // closed by close
+	done   chan struct{} // closed when the writer has ended
+	broken chan struct{} // closed by fail: nothing more is written
+	failed sync.Once
+	stuck  chan struct{} // closed by giveUp: not even closing the database is safe
+	gaveUp sync.Once
+	cause  error // once stuck
 }
 
 var errIndex = errors.New("the index cannot be written")
@@ -131,13 +134,14 @@ type indexWrite struct {
 	done  chan error // buffered; nil if lazy
 }
 
-func openIndex(path string, log *slog.Logger) (*index, error) {
+func openIndex(d dir, log *slog.Logger) (*index, error) {
 	x := &index{
-		log:    log,
+		dir: d, log: log,
 		writes: make(chan indexWrite, 64),
-		quit:   make(chan struct{}), done: make(chan struct{}), broken: make(chan struct{}),
+		quit:   make(chan struct{}), done: make(chan struct{}),
+		broken: make(chan struct{}), stuck: make(chan struct{}),
 	}
-	db, err := x.openDB(path)
+	db, err := x.openDB()
 	if err != nil {
 		return nil, err
 	}
@@ -149,22 +153,35 @@ func openIndex(path string, log *slog.Logger) (*index, error) {
 	return x, nil
 }
 
-func (x *index) openDB(path string) (db *pebble.DB, err error) {
-	x.opening.Store(true)
-	defer x.opening.Store(false)
-	defer func() {
-		if r := recover(); r != nil {
-			db, err = nil, fmt.Errorf("pebble: %v", r)
-		}
+// openDB opens the database in its own folder by descriptor: should it be given up with
+// goroutines of pebble still alive, they cannot reach the folder that takes its place.
+func (x *index) openDB() (*pebble.DB, error) {
+	type result struct {
+		db  *pebble.DB
+		err error
+	}
+	opened := make(chan result, 1)
+	go func() {
+		db, err := pebble.Open(x.dir.path()+"/db", &pebble.Options{
+			FS:            kernelFS{vfs.Default},
+			Logger:        pebbleLog{x},
+			EventListener: x.listener(),
+			// Before the format whose log marks what was synced: ours says so without being so.
+			FormatMajorVersion: pebble.FormatColumnarBlocks,
+			MemTableSize:       4 << 20,
+			MaxOpenFiles:       256,
+		})
+		opened <- result{db, err}
 	}()
-	return pebble.Open(path, &pebble.Options{
-		FS:     kernelFS{vfs.Default},
-		Logger: pebbleLog{x},
-		// Before the format whose log marks what was synced: ours says so without being so.
-		FormatMajorVersion: pebble.FormatColumnarBlocks,
-		MemTableSize:       8 << 20,
-		MaxOpenFiles:       256,
-	})
+	select {
+	case r := <-opened:
+		if r.err != nil {
+			return nil, fmt.Errorf("pebble: %w", r.err)
+		}
+		return r.db, nil
+	case <-x.stuck:
+		return nil, x.cause
+	}
 }
 
 func (x *index) checkFormat() error {
@@ -292,8 +309,12 @@ func (x *index) flush() {
 // commit writes w and what waits behind it, and reports whether some of it may still be in
 // our memory.
 func (x *index) commit(w indexWrite) (lazy bool) {
+	defer func() {
+		if r := recover(); r != nil { // pebble cannot make its next log
+			x.giveUp(fmt.Errorf("pebble: %v", r))
+		}
+	}()
 	b := x.db.NewBatch()
-	defer b.Close()
 	waiting := make([]chan error, 0, maxBatch)
 	for n := 0; ; n++ {
 		if err := w.apply(b); err != nil {
@@ -317,7 +338,7 @@ func (x *index) commit(w indexWrite) (lazy bool) {
 	if len(waiting) == 0 {
 		opts = pebble.NoSync
 	}
-	err := b.Commit(opts)
+	err := errors.Join(b.Commit(opts), b.Close())
 	if err != nil {
 		x.fail(err)
 		err = errIndex
@@ -328,11 +349,52 @@ func (x *index) commit(w indexWrite) (lazy bool) {
 	return len(waiting) == 0
 }
 
+// listener fails the index when pebble lets writers wait for tables that it cannot write:
+// they would wait for ever.
+func (x *index) listener() *pebble.EventListener {
+	var mu sync.Mutex
+	var stalled bool
+	var last error
+	note := func(change func()) {
+		mu.Lock()
+		change()
+		over := stalled && last != nil
+		err := last
+		mu.Unlock()
+		if over {
+			x.giveUp(err)
+		}
+	}
+	return &pebble.EventListener{
+		BackgroundError: func(err error) {
+			x.log.Warn("cache index", "err", err.Error())
+			note(func() { last = err })
+		},
+		FlushEnd: func(i pebble.FlushInfo) {
+			if i.Err == nil {
+				note(func() { last = nil })
+			}
+		},
+		DataCorruption:  func(i pebble.DataCorruptionInfo) { x.fail(i.Details) },
+		WriteStallBegin: func(pebble.WriteStallBeginInfo) { note(func() { stalled = true }) },
+		WriteStallEnd:   func() { note(func() { stalled = false }) },
+	}
+}
+
 // fail is the end of the index in this process.
 func (x *index) fail(err error) {
 	x.failed.Do(func() {
-		x.log.Error("cache index: nothing new is cached until the next start", "err", err)
+		x.log.Error("cache index: nothing new is cached until the next start", "err", err.Error())
 		close(x.broken)
+	})
+}
+
+// giveUp fails the index and leaves the database to the end of the process.
+func (x *index) giveUp(err error) {
+	x.fail(err)
+	x.gaveUp.Do(func() {
+		x.cause = err
+		close(x.stuck)
 	})
 }
 
@@ -345,18 +407,30 @@ func (x *index) isBroken() bool {
 	}
 }
 
-// close ends the writer. A broken database is left to the end of the process: closing it
-// could wait for a goroutine that is no more.
+func (x *index) isStuck() bool {
+	select {
+	case <-x.stuck:
+		return true
+	default:
+		return false
+	}
+}
+
+// close ends the writer and closes the database, unless that could wait for ever.
 func (x *index) close() error {
 	close(x.quit)
 	select {
 	case <-x.done:
-	case <-x.broken:
+	case <-x.stuck:
 	}
-	if x.isBroken() {
+	if x.isStuck() {
 		return errIndex
 	}
-	return x.db.Close()
+	err := x.db.Close()
+	if x.isBroken() {
+		err = errors.Join(errIndex, err)
+	}
+	return err
 }
 
 // pebbleLog takes pebble's log. A Fatalf of it must not end the worker: its readers need no index.
@@ -369,10 +443,7 @@ func (l pebbleLog) Errorf(format string, args ...any) {
 }
 
 func (l pebbleLog) Fatalf(format string, args ...any) {
-	if l.x.opening.Load() {
-		panic(fmt.Errorf(format, args...)) // recovered by openDB
-	}
-	l.x.fail(fmt.Errorf(format, args...))
+	l.x.giveUp(fmt.Errorf(format, args...))
 	select {} // pebble relies on Fatalf not returning; nobody waits for its goroutines any more
 }
 
@@ -394,6 +465,9 @@ func (k kernelFS) ReuseForWrite(from, to string, c vfs.DiskWriteCategory) (vfs.F
 }
 
 func (k kernelFS) Unwrap() vfs.FS { return k.FS }
+
+// Lock does nothing: the whole directory is locked already.
+func (kernelFS) Lock(string) (io.Closer, error) { return io.NopCloser(nil), nil }
 
 func wrapLog(name string, f vfs.File) vfs.File {
 	if f == nil || !strings.HasSuffix(name, ".log") {

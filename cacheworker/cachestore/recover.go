@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"path"
 	"syscall"
 	"time"
 
@@ -21,7 +20,7 @@ func (s *Store) recover() (unclean bool, err error) {
 		if !indexIsLost(err) {
 			return false, fmt.Errorf("index: %w", err)
 		}
-		s.log.Error("cache index cannot be read: the cache starts empty", "dir", s.cfg.Dir, "err", err)
+		s.log.Error("cache index cannot be read: the cache starts empty", "dir", s.cfg.Dir, "err", err.Error())
 		if err := s.startEmpty(); err != nil {
 			return false, err
 		}
@@ -56,7 +55,12 @@ func (s *Store) openAndLoad() (err error) {
 	if err := s.dir.mkdir(indexName); err != nil {
 		return err
 	}
-	if s.index, err = openIndex(path.Join(s.cfg.Dir, indexName), s.log); err != nil {
+	f, err := s.dir.open(indexName, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	s.indexDir = dir{f} // one before it stays open: what is left of its database must not find this one by number
+	if s.index, err = openIndex(s.indexDir, s.log); err != nil {
 		return err
 	}
 	if err = s.loadEpoch(); err == nil {

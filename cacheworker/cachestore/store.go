@@ -51,15 +51,16 @@ type Config struct {
 
 // Store is one tier of cache files. All methods are safe for concurrent use.
 type Store struct {
-	cfg     Config
-	log     *slog.Logger
-	dir     dir
-	view    dir // zero without Config.ViewDir
-	lock    *os.File
-	index   *index
-	uuid    uuid.UUID
-	nodeKey []byte
-	epoch   uint32 // of this boot; a chunk record of another epoch is unverified
+	cfg      Config
+	log      *slog.Logger
+	dir      dir
+	view     dir // zero without Config.ViewDir
+	lock     *os.File
+	index    *index
+	indexDir dir
+	uuid     uuid.UUID
+	nodeKey  []byte
+	epoch    uint32 // of this boot; a chunk record of another epoch is unverified
 
 	quit context.CancelFunc
 	done chan struct{} // closed when the janitor has ended
@@ -155,7 +156,6 @@ func Open(cfg Config) (_ *Store, err error) {
 	if s.fsRoom, err = s.dir.room(); err != nil {
 		return nil, err
 	}
-	s.fsAt = time.Now()
 	if s.cfg.CapacityBytes == 0 {
 		s.cfg.CapacityBytes = s.fsRoom.totalBytes / 10 * 9
 	}
@@ -167,6 +167,7 @@ func Open(cfg Config) (_ *Store, err error) {
 	if err != nil {
 		return nil, err
 	}
+	s.reserve(0, 0) // the capacity may be a smaller one; nothing is leased yet
 	ctx, cancel := context.WithCancel(context.Background())
 	s.quit = cancel
 	go s.janitor(ctx, unclean)
@@ -301,7 +302,11 @@ func (s *Store) Close() error {
 }
 
 func (s *Store) closeFiles() {
-	for _, f := range []*os.File{s.lock, s.view.f, s.dir.f} {
+	files := []*os.File{s.lock, s.view.f, s.dir.f}
+	if s.index == nil || !s.index.isStuck() {
+		files = append(files, s.indexDir.f)
+	}
+	for _, f := range files {
 		if f != nil {
 			f.Close()
 		}
