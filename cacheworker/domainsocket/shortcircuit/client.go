@@ -201,7 +201,7 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 	return Status(d.State()), d.Err()
 }
 
-// call asks the worker, once more if the connection breaks: every request may be repeated.
+// call asks the worker, again if the connection breaks: every request may be repeated.
 func (c *Client) call(ctx context.Context, t wire.Type, frame []byte) (reply, *conn, error) {
 	for try := 1; ; try++ {
 		cn, err := c.conn(ctx)
@@ -215,8 +215,9 @@ func (c *Client) call(ctx context.Context, t wire.Type, frame []byte) (reply, *c
 	}
 }
 
-// again says whether a request whose connection broke is tried on a new one.
-func again(err error, try int) bool { return errors.Is(err, errLost) && try < 2 }
+// again says whether a request whose connection broke is tried on a new one. That may break
+// too: a worker that is told to end has accepted it.
+func again(err error, try int) bool { return errors.Is(err, errLost) && try < 3 }
 
 // conn is the connection in use; it dials if there is none. Several callers dial once.
 func (c *Client) conn(ctx context.Context) (*conn, error) {

@@ -246,7 +246,10 @@ func (c *conn) write(frame []byte) error {
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
 	if _, err := c.uc.Write(frame); err != nil {
-		c.uc.Close() // half a frame may be out; run notices
+		c.mu.Lock()
+		c.dead = true // half a frame may be out
+		c.mu.Unlock()
+		c.uc.Close() // run ends
 		return errLost
 	}
 	return nil
