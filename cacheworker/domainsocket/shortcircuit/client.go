@@ -106,13 +106,18 @@ type Client struct {
 // Dial connects to the socket at path, however long that is. While the worker is away it
 // waits for the next one, until ctx ends.
 func Dial(ctx context.Context, path string) (*Client, error) {
-	c := &Client{path: path, dialing: make(chan struct{}, 1), files: map[*File]struct{}{}}
-	c.life, c.end = context.WithCancel(context.Background())
+	c := newClient(path)
 	if _, err := c.conn(ctx); err != nil {
 		c.end()
 		return nil, err
 	}
 	return c, nil
+}
+
+func newClient(path string) *Client {
+	c := &Client{path: path, dialing: make(chan struct{}, 1), files: map[*File]struct{}{}}
+	c.life, c.end = context.WithCancel(context.Background())
+	return c
 }
 
 // Close closes the connection, which gives up all leases. Files that have a descriptor can
