@@ -109,6 +109,8 @@ type Stats struct {
 	Gets           uint64 // requests
 	FetchedBytes   uint64 // from the under stores
 	AheadBytes     uint64 // of them, asked for by read-ahead
+	HitChunks      uint64 // that reads touched and the cache had
+	MissChunks     uint64 // that reads touched and had to wait for, or to get from memory
 	DiskBytes      uint64 // served from cache files
 	MemoryBytes    uint64 // served from chunks in flight or in memory
 	Joined         uint64 // chunks waited for that somebody else had asked for
@@ -121,7 +123,7 @@ type Stats struct {
 }
 
 type counters struct {
-	gets, fetched, ahead, disk, memory, joined, heads, canceled, completed atomic.Uint64
+	hits, misses, gets, fetched, ahead, disk, memory, joined, heads, canceled, completed atomic.Uint64
 }
 
 // New returns fills into store. Close must be called before the store's.
@@ -169,6 +171,8 @@ func (f *Fills) Stats() Stats {
 		Gets:           f.count.gets.Load(),
 		FetchedBytes:   f.count.fetched.Load(),
 		AheadBytes:     f.count.ahead.Load(),
+		HitChunks:      f.count.hits.Load(),
+		MissChunks:     f.count.misses.Load(),
 		DiskBytes:      f.count.disk.Load(),
 		MemoryBytes:    f.count.memory.Load(),
 		Joined:         f.count.joined.Load(),

@@ -172,7 +172,7 @@ func (r *Reader) Span(off int64, n int) (fd int, release func(), ok bool) {
 		l.release()
 		return 0, nil, false
 	}
-	r.f.count.disk.Add(uint64(n))
+	r.fromDisk(off, n)
 	if !l.file.Complete() {
 		r.readAhead(context.Background(), off, n)
 	}
@@ -234,7 +234,7 @@ func (r *Reader) step(ctx context.Context, p []byte, off int64) error {
 			complete := l.file.Complete()
 			l.release()
 			if n == len(p) {
-				r.f.count.disk.Add(uint64(n))
+				r.fromDisk(off, n)
 				if !complete {
 					r.readAhead(ctx, off, n)
 				}
@@ -406,6 +406,7 @@ func (r *Reader) copyOnce(ctx context.Context, c *chunk, p []byte, i int, off in
 	if err == nil {
 		copy(p, c.buf[begin:])
 		r.f.count.memory.Add(uint64(len(p)))
+		r.f.count.misses.Add(1)
 	}
 	r.f.done(c, err == nil)
 	return err
@@ -421,8 +422,14 @@ func (r *Reader) copyDisk(p []byte, off int64) error {
 	if n < len(p) {
 		return err
 	}
-	r.f.count.disk.Add(uint64(n))
+	r.fromDisk(off, n)
 	return nil
+}
+
+// fromDisk counts a read that a cache file served.
+func (r *Reader) fromDisk(off int64, n int) {
+	r.f.count.disk.Add(uint64(n))
+	r.f.count.hits.Add(uint64(chunkAt(off+int64(n)-1) - chunkAt(off) + 1))
 }
 
 // readAhead takes a read into account and asks for what a stream will read next.
