@@ -77,6 +77,7 @@ var nodeCapabilities = []csi.NodeServiceCapability_RPC_Type{
 	csi.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME,
 	csi.NodeServiceCapability_RPC_GET_VOLUME_STATS,
 	csi.NodeServiceCapability_RPC_GET_VOLUME_HEALTH,
+	csi.NodeServiceCapability_RPC_GET_STORAGE_HEALTH,
 	csi.NodeServiceCapability_RPC_VOLUME_MOUNT_GROUP,
 	csi.NodeServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER, // ReadWriteOncePod: see checkSingle
 }

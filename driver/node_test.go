@@ -662,6 +662,17 @@ func TestNodeHealthNamesWhatIsWrong(t *testing.T) {
 	wantCode(t, err, codes.NotFound, "not on this node")
 }
 
+func TestStorageIsIllWhereNothingCanBePublished(t *testing.T) {
+	b := start(t)
+	for _, ready := range []error{nil, errors.New("no worker")} {
+		b.ready = ready
+		r, err := b.NodeGetStorageHealth(t.Context(), &csi.NodeGetStorageHealthRequest{})
+		if err != nil || (len(r.BackendHealth) == 0) != (ready == nil) {
+			t.Errorf("%v, %v with %v", r, err, ready)
+		}
+	}
+}
+
 func TestNodeInfoNamesTheNode(t *testing.T) {
 	b := start(t)
 	r, err := b.NodeGetInfo(t.Context(), &csi.NodeGetInfoRequest{})

@@ -197,6 +197,8 @@ func (m *mistakes) add(format string, args ...any) {
 	}
 }
 
+func (m *mistakes) full() bool { return m.n >= maxMistakeTexts }
+
 func (m *mistakes) err() error {
 	if m.n == 0 {
 		return nil
@@ -218,6 +220,10 @@ type parser struct {
 func (p *parser) refuseUnknown() {
 	for _, name := range slices.Sorted(maps.Keys(p.attrs)) {
 		if slices.Contains(parameterNames, name) || isForeign(name) {
+			continue
+		}
+		if p.full() {
+			p.add("") // counted, not described
 			continue
 		}
 		text := fmt.Sprintf("unknown parameter %s; the nearest known one is %s", quote(name), nearest(name, parameterNames))

@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -10,9 +11,7 @@ import (
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
@@ -119,9 +118,7 @@ func TestPartsAreServedAloneBehindALongPath(t *testing.T) {
 			folder, err := os.Open(dir)
 			must(t, err)
 			defer folder.Close()
-			conn, err := grpc.NewClient("unix:///proc/self/fd/"+fdName(folder)+"/csi.sock",
-				grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
-			must(t, err)
+			conn := dial(t, fmt.Sprintf("/proc/self/fd/%d/csi.sock", folder.Fd()))
 			defer conn.Close()
 			_, err = csi.NewIdentityClient(conn).GetPluginInfo(t.Context(), &csi.GetPluginInfoRequest{})
 			must(t, err)

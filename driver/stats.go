@@ -114,3 +114,16 @@ func (n *node) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVolumeHe
 	}
 	return &csi.NodeGetVolumeHealthResponse{VolumeHealth: h}, nil
 }
+
+// NodeGetStorageHealth tells of the cache of this node, on which every volume of it depends.
+func (n *node) NodeGetStorageHealth(ctx context.Context, _ *csi.NodeGetStorageHealthRequest) (*csi.NodeGetStorageHealthResponse, error) {
+	r := &csi.NodeGetStorageHealthResponse{}
+	if err := n.ready(ctx); err != nil {
+		r.BackendHealth = append(r.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{
+			Status:  csi.StorageHealthErrorType_STORAGE_UNREACHABLE,
+			Reason:  "NotReady",
+			Message: "no volume can be published on this node now: " + err.Error(),
+		})
+	}
+	return r, nil
+}
