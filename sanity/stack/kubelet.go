@@ -314,7 +314,7 @@ func (k *Kubelet) WaitReady(ctx context.Context) error {
 			return nil
 		}
 		if err != nil && status.Code(err) != codes.Unavailable && status.Code(err) != codes.FailedPrecondition {
-			return fmt.Errorf("Probe: %w", err)
+			return fmt.Errorf("probe: %w", err)
 		}
 		select {
 		case <-time.After(50 * time.Millisecond):
