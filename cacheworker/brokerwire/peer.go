@@ -162,15 +162,24 @@ func (p *Peer) Close() error { return p.conn.Close() }
 
 // Dial connects to the broker's socket. Paths may be longer than the 108 bytes of sun_path.
 func Dial(ctx context.Context, path string) (*net.UnixConn, error) {
+	return dial(ctx, "unixpacket", path)
+}
+
+// DialStream is Dial for SOCK_STREAM.
+func DialStream(ctx context.Context, path string) (*net.UnixConn, error) {
+	return dial(ctx, "unix", path)
+}
+
+func dial(ctx context.Context, network, path string) (*net.UnixConn, error) {
 	dir, err := openDir(filepath.Dir(path))
 	if err != nil {
-		return nil, fmt.Errorf("dial broker %s: %w", path, err)
+		return nil, fmt.Errorf("dial %s: %w", path, err)
 	}
 	defer dir.Close()
 	var d net.Dialer
-	c, err := d.DialContext(ctx, "unixpacket", throughFD(dir, path))
+	c, err := d.DialContext(ctx, network, throughFD(dir, path))
 	if err != nil {
-		return nil, fmt.Errorf("dial broker %s: %v: %w", path, err, object.ErrUnavailable)
+		return nil, fmt.Errorf("dial %s: %v: %w", path, err, object.ErrUnavailable)
 	}
 	return c.(*net.UnixConn), nil
 }

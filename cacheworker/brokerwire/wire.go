@@ -14,6 +14,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"strings"
 	"time"
 
@@ -222,12 +223,25 @@ func send(c *net.UnixConn, m Message, files []*os.File) error {
 	if len(files) > 0 {
 		fds := make([]int, len(files))
 		for i, f := range files {
-			fds[i] = int(f.Fd())
+			if fds[i], err = number(f); err != nil {
+				return fmt.Errorf("descriptor to send: %w", err)
+			}
 		}
 		oob = unix.UnixRights(fds...)
 	}
 	_, _, err = c.WriteMsgUnix(b, oob, nil)
+	runtime.KeepAlive(files)
 	return err
+}
+
+// number is f.Fd without making a socket that others share blocking.
+func number(f *os.File) (n int, err error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	err = raw.Control(func(fd uintptr) { n = int(fd) })
+	return n, err
 }
 
 // receive returns io.EOF when the peer has gone. A message that does not parse is an error

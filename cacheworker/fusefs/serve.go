@@ -51,7 +51,7 @@ func Adopt(cfg Config, device, memfd, init *os.File, fresh bool, uuid string) (_
 	if err := unix.Dup3(int(device.Fd()), fd, unix.O_CLOEXEC); err != nil {
 		return nil, fmt.Errorf("take over %s: %w", st.Path, err)
 	}
-	return &Served{Mount: m, srv: srv, device: device, fresh: fresh}, nil
+	return &Served{Mount: m, srv: srv, fd: fd, device: device, fresh: fresh}, nil
 }
 
 func (m *Mount) options() *fuse.MountOptions {
@@ -86,6 +86,7 @@ func (m *Mount) Init(s *fuse.Server) {
 type Served struct {
 	*Mount
 	srv    *fuse.Server
+	fd     int // go-fuse's own number of the device
 	device *os.File
 	fresh  bool
 	once   sync.Once
@@ -98,7 +99,22 @@ func (s *Served) Serve() {
 		s.askAgain()
 	}
 	s.srv.Serve()
-	s.end()
+	s.End()
+}
+
+// Detach takes the connection away from this process's server: what it still answers reaches nobody, and
+// the next worker is asked again. For a process that is about to end.
+func (s *Served) Detach() error {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	if err := unix.Dup3(int(null.Fd()), s.fd, unix.O_CLOEXEC); err != nil {
+		return fmt.Errorf("detach: %w", err)
+	}
+	s.close()
+	return nil
 }
 
 // askAgain has the kernel deliver every request again that was read and not answered.
@@ -113,7 +129,8 @@ func (s *Served) askAgain() {
 	s.cfg.Counters.Resends.Add(1)
 }
 
-func (s *Served) end() {
+// End lets go of a mount that is unmounted.
+func (s *Served) End() {
 	s.once.Do(func() {
 		s.close()
 		s.background.Wait()

@@ -27,13 +27,14 @@ import (
 
 // Config of a broker.
 type Config struct {
+	Name      string // of its mounts in the mount table, their "source"; "" means larder
 	Socket    string // path of its own socket
 	WorkerUID uint32 // only this user may be the worker
 	TierDir   string // the cache directory; its file system is where backing files may be
 	ViewDir   string // where TierDir is shown read-only; "" makes no view
 	ReadAhead int64  // bytes the kernel asks ahead in a mount; 0 means 256 KiB
 
-	// OwnsView mounts the view at start and removes it at stop; otherwise it is there already.
+	// OwnsView mounts the view at start, unless it is there; it stays (see RemoveView).
 	OwnsView bool
 	// UnmountAtExit removes every mount when Run returns; otherwise the worker keeps them.
 	UnmountAtExit bool
@@ -84,6 +85,9 @@ func New(cfg Config) (*Broker, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
+	if cfg.Name == "" {
+		cfg.Name = "larder"
+	}
 	if cfg.ReadAhead == 0 {
 		cfg.ReadAhead = 256 << 10
 	}
@@ -101,7 +105,6 @@ func (b *Broker) Run(ctx context.Context) (err error) {
 		if err := makeView(b.cfg.TierDir, b.cfg.ViewDir); err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, unmountAll(b.cfg.ViewDir)) }()
 	}
 	warnTimeout(b.cfg.Log)
 	l, err := brokerwire.ListenPacket(b.cfg.Socket, 0o666) // who may do what is decided by SO_PEERCRED

@@ -106,6 +106,9 @@ func (b *Broker) mountVolume(ctx context.Context, in brokerwire.Message) error {
 	defer m.adopting.Unlock()
 	err = m.adopt(ctx, s, true)
 	if err == nil {
+		if err := setReadAhead(m.dev, b.cfg.ReadAhead); err != nil { // INIT would have lowered it
+			b.cfg.Log.Warn("read-ahead", "path", m.path, "err", err)
+		}
 		b.mu.Lock()
 		b.mounts[m.id] = m // from here on a worker that dies is followed by the next
 		b.mu.Unlock()
@@ -131,7 +134,7 @@ func (b *Broker) newMount(v brokerwire.Volume, path string) (_ *mount, err error
 		}
 	}()
 	opts := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,max_read=%d", fuse.Fd(), maxRead)
-	if err := unix.Mount("larder", path, FSType, unix.MS_NOSUID|unix.MS_NODEV, opts); err != nil {
+	if err := unix.Mount(b.cfg.Name, path, FSType, unix.MS_NOSUID|unix.MS_NODEV, opts); err != nil {
 		return nil, fmt.Errorf("mount %s: %w", path, err)
 	}
 	defer func() {
@@ -152,9 +155,6 @@ func (b *Broker) newMount(v brokerwire.Volume, path string) (_ *mount, err error
 	memfd, err := brokerwire.NewState(st)
 	if err != nil {
 		return nil, err
-	}
-	if err := setReadAhead(dev, b.cfg.ReadAhead); err != nil {
-		b.cfg.Log.Warn("read-ahead", "path", path, "err", err)
 	}
 	return &mount{id: v.ID, path: path, dev: dev, fuse: fuse, memfd: memfd, state: st, backing: map[int32]struct{}{}}, nil
 }

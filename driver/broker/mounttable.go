@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -23,6 +24,7 @@ type entry struct {
 	dev    uint64
 	path   string
 	fstype string
+	source string
 }
 
 func mountTable() ([]entry, error) {
@@ -49,7 +51,7 @@ func mountTable() ([]entry, error) {
 func parseEntry(line string) (entry, bool) {
 	left, right, ok := strings.Cut(line, " - ")
 	f, g := strings.Fields(left), strings.Fields(right)
-	if !ok || len(f) < 5 || len(g) < 1 {
+	if !ok || len(f) < 5 || len(g) < 2 {
 		return entry{}, false
 	}
 	major, minor, ok := strings.Cut(f[2], ":")
@@ -58,7 +60,7 @@ func parseEntry(line string) (entry, bool) {
 	if !ok || err1 != nil || err2 != nil {
 		return entry{}, false
 	}
-	return entry{dev: unix.Mkdev(uint32(ma), uint32(mi)), path: unescape(f[4]), fstype: g[0]}, true
+	return entry{dev: unix.Mkdev(uint32(ma), uint32(mi)), path: unescape(f[4]), fstype: g[0], source: unescape(g[1])}, true
 }
 
 // unescape undoes the kernel's \040 for space, tab, newline and backslash.
@@ -172,19 +174,53 @@ func bindTree(from, sub, target string, readOnly bool, dev uint64) error {
 	return nil
 }
 
-// makeView mounts dir a second time, read-only.
+// RemoveDead removes every mount that brokers with this name made. Only for who knows that
+// none of their processes lives: a mount that a worker still serves would go too.
+func RemoveDead(name string) error {
+	es, err := mountTable()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range slices.Backward(es) {
+		if e.fstype == FSType && e.source == name {
+			if err := unix.Unmount(e.path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && err != unix.EINVAL {
+				errs = append(errs, fmt.Errorf("unmount %s: %w", e.path, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// makeView mounts dir a second time, read-only. One that is there, made by a broker that was
+// killed, stays: the worker uses it.
 func makeView(dir, view string) error {
 	if err := os.MkdirAll(view, 0o755); err != nil {
 		return fmt.Errorf("view: %w", err)
 	}
-	if err := unmountAll(view); err != nil { // of a broker that was killed
-		return err
-	}
-	var st unix.Stat_t
-	if err := unix.Stat(dir, &st); err != nil {
+	var want, have unix.Stat_t
+	if err := errors.Join(unix.Stat(dir, &want), unix.Stat(view, &have)); err != nil {
 		return fmt.Errorf("view of %s: %w", dir, err)
 	}
-	return bindTree(dir, "", view, true, uint64(st.Dev))
+	if want.Dev == have.Dev && want.Ino == have.Ino {
+		var fs unix.Statfs_t
+		if err := unix.Statfs(view, &fs); err == nil && fs.Flags&unix.ST_RDONLY != 0 {
+			return nil
+		}
+	}
+	if err := unmountAll(view); err != nil {
+		return err
+	}
+	return bindTree(dir, "", view, true, want.Dev)
+}
+
+// RemoveView undoes what a broker with Config.OwnsView did.
+func RemoveView(view string) error {
+	err := unmountAll(view)
+	if errors.Is(err, object.ErrBusy) { // the worker that uses it is about to end
+		return unix.Unmount(view, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+	}
+	return err
 }
 
 // setReadAhead sets how far the kernel asks ahead in a mount.

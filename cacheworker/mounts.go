@@ -1,0 +1,344 @@
+package cacheworker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/dataset"
+	"github.com/larderfs/larder/cacheworker/domainsocket"
+	"github.com/larderfs/larder/cacheworker/fusefs"
+	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/master/client"
+)
+
+// redial is the pause between attempts to reach a broker that is away.
+const redial = 50 * time.Millisecond
+
+// mounts are those that this worker serves, and its link to the broker.
+type mounts struct {
+	w *Worker
+
+	mu        sync.Mutex // guards the fields below; never held across a call
+	held      map[string]*held
+	peer      *brokerwire.Peer // nil while there is no broker
+	connected chan struct{}    // closed when there is one again; nil while there is
+	takeovers uint64
+
+	serving sync.WaitGroup // domain sockets
+}
+
+// held is one served mount.
+type held struct {
+	*fusefs.Served
+	data     *dataset.Dataset // replaced, under mounts.mu, with new credentials
+	volume   brokerwire.Volume
+	since    time.Time
+	listener *os.File // this process's own description of the domain socket's descriptor
+	stop     context.CancelFunc
+}
+
+// Run keeps the link to the broker until ctx ends; then the mounts are let go without an
+// answer to what is in flight: the next worker gets it again.
+func (ms *mounts) Run(ctx context.Context) error {
+	defer ms.detach()
+	lost := false
+	for ctx.Err() == nil {
+		err := ms.connect(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if !lost {
+			ms.w.log.Warn("broker is away", "err", err)
+			lost = true
+		}
+		if err == nil {
+			lost = false
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(redial):
+		}
+	}
+	return nil
+}
+
+// connect serves one connection to the broker.
+func (ms *mounts) connect(ctx context.Context) error {
+	conn, err := brokerwire.Dial(ctx, ms.w.cfg.BrokerSocket)
+	if err != nil {
+		return err
+	}
+	peer := brokerwire.NewPeer(conn, func(rctx context.Context, m brokerwire.Message, files []*os.File) (brokerwire.Message, []*os.File, error) {
+		return brokerwire.Message{}, nil, ms.handle(ctx, rctx, m, files)
+	})
+	done := make(chan error, 1)
+	go func() { done <- peer.Run(ctx) }()
+	hello := brokerwire.Message{Verb: brokerwire.Hello, Version: brokerwire.Version, Role: brokerwire.RoleWorker, UUID: ms.w.store.UUID().String()}
+	if _, _, err := peer.Call(ctx, hello); err != nil {
+		peer.Close()
+		<-done
+		return fmt.Errorf("broker refuses this worker: %w", err)
+	}
+	ms.w.log.Info("connected to broker")
+	ms.giveBack(ctx, peer)
+	ms.setPeer(peer)
+	err = <-done
+	ms.setPeer(nil)
+	return err
+}
+
+func (ms *mounts) setPeer(p *brokerwire.Peer) {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	ms.peer = p
+	switch {
+	case p == nil:
+		ms.connected = make(chan struct{})
+	case ms.connected != nil:
+		close(ms.connected)
+		ms.connected = nil
+	}
+}
+
+// giveBack gives a broker that was restarted what it held before.
+func (ms *mounts) giveBack(ctx context.Context, peer *brokerwire.Peer) {
+	for id, h := range ms.all() {
+		device, memfd := h.Hold()
+		files := []*os.File{device, memfd}
+		if h.listener != nil {
+			files = append(files, h.listener)
+		}
+		_, _, err := peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Give, Mount: id}, files...)
+		if err != nil && !errors.Is(err, brokerwire.ErrExists) {
+			ms.w.log.Error("give mount back", "volume", id, "err", err)
+		}
+	}
+}
+
+func (ms *mounts) all() map[string]*held {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	out := make(map[string]*held, len(ms.held))
+	for id, h := range ms.held {
+		out[id] = h
+	}
+	return out
+}
+
+// handle answers the broker. life is the worker's, rctx the request's.
+func (ms *mounts) handle(life, rctx context.Context, m brokerwire.Message, files []*os.File) error {
+	switch m.Verb {
+	case brokerwire.Adopt:
+		return ms.adopt(life, rctx, m, files)
+	case brokerwire.Listen:
+		if len(files) != 1 {
+			return fmt.Errorf("listen: one descriptor is needed: %w", object.ErrInvalid)
+		}
+		h := ms.get(m.Mount)
+		if h == nil {
+			return fmt.Errorf("volume %q is not served here: %w", m.Mount, object.ErrNotFound)
+		}
+		err := ms.listen(life, h, files[0])
+		files[0] = nil
+		return err
+	case brokerwire.Reload:
+		return ms.reload(m.Mount)
+	case brokerwire.Drop:
+		return ms.drop(m.Mount)
+	}
+	return fmt.Errorf("verb %q is not for a worker: %w", m.Verb, object.ErrInvalid)
+}
+
+func (ms *mounts) get(id string) *held {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	return ms.held[id]
+}
+
+// adopt serves a mount. One that was never served is checked first: its source must answer.
+func (ms *mounts) adopt(life, rctx context.Context, m brokerwire.Message, files []*os.File) error {
+	if len(files) < 3 || len(files) > 4 {
+		return fmt.Errorf("adopt: three or four descriptors are needed, not %d: %w", len(files), object.ErrInvalid)
+	}
+	if ms.get(m.Mount) != nil {
+		return fmt.Errorf("volume %q is served already: %w", m.Mount, brokerwire.ErrExists)
+	}
+	st, err := brokerwire.ReadState(files[1])
+	if err != nil {
+		return err
+	}
+	data, err := dataset.Open(st.Volume, ms.w.deps())
+	if err == nil && m.Fresh {
+		err = data.Check(rctx)
+	}
+	if err != nil {
+		return err
+	}
+	f := ms.w.cfg.Features
+	init := files[2]
+	files[2] = nil
+	served, err := fusefs.Adopt(fusefs.Config{
+		Volume: st.Volume, Dataset: data, Broker: ms, Counters: &ms.w.counters, Log: ms.w.log,
+		Features: fusefs.Features{Passthrough: !f.NoPassthrough && ms.w.cfg.ViewDir != "", Resend: !f.NoResend, Splice: !f.NoSplice},
+	}, files[0], files[1], init, m.Fresh, ms.w.store.UUID().String())
+	if err != nil {
+		return err
+	}
+	files[0], files[1] = nil, nil
+	hctx, stop := context.WithCancel(life)
+	h := &held{Served: served, data: data, volume: st.Volume, since: time.Now(), stop: stop}
+	ms.mu.Lock()
+	ms.held[m.Mount] = h
+	if !m.Fresh {
+		ms.takeovers++
+	}
+	ms.mu.Unlock()
+	go served.Serve() // ends with the mount, or with the process: a blocked read(2) cannot be called back
+	if len(files) == 4 {
+		l := files[3]
+		files[3] = nil
+		return ms.listen(hctx, h, l)
+	}
+	return nil
+}
+
+// listen serves the volume's domain socket. l is the worker's from here on.
+func (ms *mounts) listen(ctx context.Context, h *held, l *os.File) error {
+	fl, err := net.FileListener(l)
+	if err != nil {
+		l.Close()
+		return fmt.Errorf("domain socket: %w", err)
+	}
+	ul, ok := fl.(*net.UnixListener)
+	if !ok {
+		fl.Close()
+		l.Close()
+		return fmt.Errorf("domain socket: not a unix socket: %w", object.ErrInvalid)
+	}
+	ctx, stop := context.WithCancel(ctx)
+	ms.mu.Lock()
+	old, oldStop := h.listener, h.stop
+	h.listener, h.stop = l, stop
+	ms.mu.Unlock()
+	if old != nil {
+		oldStop()
+		old.Close()
+	}
+	srv := domainsocket.New(domainsocket.Config{Volume: socketVolume{ms, h}, Log: ms.w.log})
+	ms.serving.Go(func() {
+		if err := srv.Serve(ctx, ul); err != nil {
+			ms.w.log.Error("domain socket", "volume", h.volume.ID, "err", err)
+		}
+	})
+	return nil
+}
+
+// reload reads a volume's new credentials from its memfd.
+func (ms *mounts) reload(id string) error {
+	h := ms.get(id)
+	if h == nil {
+		return fmt.Errorf("volume %q is not served here: %w", id, object.ErrNotFound)
+	}
+	_, memfd := h.Hold()
+	st, err := brokerwire.ReadState(memfd)
+	if err != nil {
+		return err
+	}
+	data, err := dataset.Open(st.Volume, ms.w.deps())
+	if err != nil {
+		return err
+	}
+	h.SetDataset(data)
+	ms.mu.Lock()
+	h.data, h.volume = data, st.Volume
+	ms.mu.Unlock()
+	return nil
+}
+
+// drop ends a mount that is unmounted.
+func (ms *mounts) drop(id string) error {
+	ms.mu.Lock()
+	h := ms.held[id]
+	delete(ms.held, id)
+	ms.mu.Unlock()
+	if h == nil {
+		return nil
+	}
+	h.stop()
+	h.End()
+	if h.listener != nil {
+		h.listener.Close()
+	}
+	return nil
+}
+
+// detach lets go of all mounts without answering what is in flight.
+func (ms *mounts) detach() {
+	for _, h := range ms.all() {
+		h.stop()
+		if err := h.Detach(); err != nil {
+			ms.w.log.Error("let go of mount", "volume", h.volume.ID, "err", err)
+		}
+	}
+	ms.serving.Wait()
+}
+
+func (ms *mounts) evicted(id object.ID) {
+	for _, h := range ms.all() {
+		h.Evicted(id)
+	}
+}
+
+// published are the volumes for the master's registration, without secrets.
+func (ms *mounts) published() []client.Published {
+	var out []client.Published
+	for id, h := range ms.all() {
+		out = append(out, client.Published{Volume: client.Volume{ID: id}, Inline: h.volume.Inline})
+	}
+	return out
+}
+
+// call asks the broker, waiting for one while it is being restarted.
+func (ms *mounts) call(ctx context.Context, m brokerwire.Message, files ...*os.File) (brokerwire.Message, error) {
+	for {
+		ms.mu.Lock()
+		peer, connected := ms.peer, ms.connected
+		ms.mu.Unlock()
+		if peer != nil {
+			r, _, err := peer.Call(ctx, m, files...)
+			if !errors.Is(err, object.ErrUnavailable) {
+				return r, err
+			}
+		}
+		select {
+		case <-connected: // nil, and waits for ctx, only between a broker's death and its notice
+		case <-time.After(redial):
+		case <-ctx.Done():
+			return brokerwire.Message{}, fmt.Errorf("%s: %w", m.Verb, context.Cause(ctx))
+		}
+	}
+}
+
+// Register implements fusefs.Broker.
+func (ms *mounts) Register(ctx context.Context, volumeID string, node uint64, f *os.File) (int32, error) {
+	r, err := ms.call(ctx, brokerwire.Message{Verb: brokerwire.Register, Mount: volumeID, Node: node}, f)
+	return r.Backing, err
+}
+
+// Unregister implements fusefs.Broker.
+func (ms *mounts) Unregister(ctx context.Context, volumeID string, backing int32) error {
+	_, err := ms.call(ctx, brokerwire.Message{Verb: brokerwire.Unregister, Mount: volumeID, Backing: backing})
+	return err
+}
+
+// Replace implements fusefs.Broker.
+func (ms *mounts) Replace(ctx context.Context, volumeID string, memfd *os.File) error {
+	_, err := ms.call(ctx, brokerwire.Message{Verb: brokerwire.Replace, Mount: volumeID}, memfd)
+	return err
+}

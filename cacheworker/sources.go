@@ -1,0 +1,80 @@
+package cacheworker
+
+import (
+	"fmt"
+	"net/http"
+	"sync"
+
+	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/cacheworker/source"
+	"github.com/larderfs/larder/cacheworker/source/file"
+	"github.com/larderfs/larder/cacheworker/source/s3"
+)
+
+// sources opens under stores. Sources with the same store and credential are one, however
+// many volumes read through them.
+type sources struct {
+	cfg       Config
+	nodeKey   []byte
+	transport http.RoundTripper
+	observer  source.Observer
+
+	mu   sync.Mutex // guards the fields below; held while opening, which asks no store
+	s3s  map[s3Key]source.Source
+	root source.Source
+}
+
+type s3Key struct {
+	bucket, endpoint, region string
+	pathStyle, ambient       bool
+	credentials              brokerwire.Credentials
+}
+
+// S3 implements dataset.Sources.
+func (s *sources) S3(bucket string, v brokerwire.Volume, ambient bool) (source.Source, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	k := s3Key{bucket, v.Endpoint, v.Region, v.PathStyle, ambient, v.Credentials}
+	if src := s.s3s[k]; src != nil {
+		return src, nil
+	}
+	src, err := s3.New(s3.Config{
+		Bucket: bucket, Endpoint: v.Endpoint, Region: v.Region, PathStyle: v.PathStyle,
+		Credentials: s3.Credentials{AccessKeyID: v.Credentials.AccessKeyID, SecretAccessKey: v.Credentials.SecretAccessKey,
+			SessionToken: v.Credentials.SessionToken},
+		Ambient: ambient, NodeKey: s.nodeKey, Transport: s.transport, Observer: s.observer,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if s.s3s == nil || len(s.s3s) >= maxSources { // session tokens come and go
+		s.s3s = map[s3Key]source.Source{}
+	}
+	s.s3s[k] = src
+	return src, nil
+}
+
+const maxSources = 1024
+
+// File implements dataset.Sources.
+func (s *sources) File(path string) (source.Source, string, error) {
+	rel, ok := below(s.cfg.FileRoot, path)
+	if s.cfg.FileRoot == "" || !ok {
+		return nil, "", fmt.Errorf("source file://%s is not below the worker's --file-root %q: %w", path, s.cfg.FileRoot, object.ErrInvalid)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.root == nil {
+		open := s.cfg.FileRootPath
+		if open == "" {
+			open = s.cfg.FileRoot
+		}
+		src, err := file.New(file.Config{Root: open, Name: s.cfg.FileRoot, NodeKey: s.nodeKey, Observer: s.observer})
+		if err != nil {
+			return nil, "", err
+		}
+		s.root = src
+	}
+	return s.root, rel, nil
+}

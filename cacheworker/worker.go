@@ -1,0 +1,186 @@
+// Package cacheworker is the cache process of one node.
+//
+// It owns the cache directory and serves every mount of the node: FUSE requests, and the
+// domain socket of each volume. It mounts nothing and needs no privilege: the broker makes
+// the mounts and shares their descriptors, so that either process may die. What a worker
+// knows of a mount is in the mount's memfd, what it caches is in its directory, and what it
+// tells the master can be told again; nothing else outlives it.
+package cacheworker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/cachestore"
+	"github.com/larderfs/larder/cacheworker/dataset"
+	"github.com/larderfs/larder/cacheworker/fill"
+	"github.com/larderfs/larder/cacheworker/fusefs"
+	"github.com/larderfs/larder/cacheworker/metadata"
+	"github.com/larderfs/larder/cacheworker/source"
+	"github.com/larderfs/larder/cacheworker/source/s3"
+	"github.com/larderfs/larder/master/client"
+)
+
+// Config of a worker.
+type Config struct {
+	Node string // name of the node, for the master
+
+	TierDir       string // cache directory, existing; owned by this process
+	ViewDir       string // TierDir through a read-only mount; "" gives no descriptor away
+	CapacityBytes int64  // of TierDir; 0 means nine tenths of its file system
+	MinFreeBytes  int64  // of the file system
+	MinFreeInodes int64
+
+	BrokerSocket  string // path
+	ControlSocket string // path of its own gRPC socket
+	MetricsListen string // "host:port" or "unix:///path"; "" for none
+	Master        string // "unix:///path" or "host:port"; "" for none
+
+	FileRoot     string // below it are file:// sources; "" for none
+	FileRootPath string // how to open FileRoot, if not by its name
+
+	Features Features
+	Version  string
+	Log      *slog.Logger
+}
+
+// Features that the kernel has and that shall not be used.
+type Features struct {
+	NoPassthrough bool
+	NoResend      bool
+	NoSplice      bool
+}
+
+// Validate reports all mistakes at once.
+func (c Config) Validate() error {
+	var errs []error
+	for _, f := range []struct{ name, path string }{
+		{"tier", c.TierDir}, {"broker socket", c.BrokerSocket}, {"control socket", c.ControlSocket},
+	} {
+		if !filepath.IsAbs(f.path) {
+			errs = append(errs, fmt.Errorf("%s: %q is not an absolute path", f.name, f.path))
+		}
+	}
+	for _, f := range []struct{ name, path string }{{"view", c.ViewDir}, {"file root", c.FileRoot}} {
+		if f.path != "" && !filepath.IsAbs(f.path) {
+			errs = append(errs, fmt.Errorf("%s: %q is not an absolute path", f.name, f.path))
+		}
+	}
+	if c.CapacityBytes < 0 || c.MinFreeBytes < 0 || c.MinFreeInodes < 0 {
+		errs = append(errs, errors.New("tier: capacity and what is kept free are not negative"))
+	}
+	return errors.Join(errs...)
+}
+
+// Worker is the process's parts, from its start to its end.
+type Worker struct {
+	cfg      Config
+	log      *slog.Logger
+	started  time.Time
+	requests source.Counter
+	counters fusefs.Counters
+
+	store    *cachestore.Store
+	metadata *metadata.Cache
+	fills    *fill.Fills
+	sources  *sources
+	mounts   *mounts
+}
+
+// New checks the configuration.
+func New(cfg Config) (*Worker, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	return &Worker{cfg: cfg, log: cfg.Log, started: time.Now()}, nil
+}
+
+// Run serves until ctx ends. It leaves the mounts to the broker: their readers wait for the
+// next worker.
+func (w *Worker) Run(ctx context.Context) (err error) {
+	w.store, err = cachestore.Open(cachestore.Config{
+		Dir: w.cfg.TierDir, ViewDir: w.cfg.ViewDir, CapacityBytes: w.cfg.CapacityBytes,
+		MinFreeBytes: w.cfg.MinFreeBytes, MinFreeInodes: w.cfg.MinFreeInodes, Log: w.log,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, w.store.Close()) }()
+	w.fills = fill.New(fill.Config{Log: w.log}, w.store)
+	defer func() { err = errors.Join(err, w.fills.Close()) }()
+	w.metadata = metadata.New(metadata.Config{OnDenied: w.fills.Revoke, OnHead: w.store.Grant, Log: w.log})
+	w.sources = &sources{cfg: w.cfg, nodeKey: w.store.NodeKey(), transport: s3.NewTransport(s3.TransportConfig{}), observer: &w.requests}
+	w.mounts = &mounts{w: w, held: map[string]*held{}}
+	w.store.OnEvict(w.mounts.evicted)
+
+	control, err := brokerwire.ListenStream(w.cfg.ControlSocket, 0o660)
+	if err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return w.mounts.Run(ctx) })
+	g.Go(func() error { return serveControl(ctx, control, w) })
+	g.Go(func() error { return w.serveMetrics(ctx) })
+	g.Go(func() error { return w.reportToMaster(ctx) })
+	w.log.Info("worker started", "uuid", w.store.UUID(), "tier", w.cfg.TierDir, "cachedBytes", w.store.Stats().CachedBytes)
+	return g.Wait()
+}
+
+func (w *Worker) deps() dataset.Deps {
+	return dataset.Deps{Sources: w.sources, Metadata: w.metadata, Fills: w.fills, Store: w.store}
+}
+
+func (w *Worker) serveMetrics(ctx context.Context) error {
+	if w.cfg.MetricsListen == "" {
+		return nil
+	}
+	reg := prometheus.NewRegistry()
+	reg.MustRegister(collector{w})
+	return ServeMetrics(ctx, w.cfg.MetricsListen, reg, func() error { return nil })
+}
+
+func (w *Worker) reportToMaster(ctx context.Context) error {
+	if w.cfg.Master == "" {
+		return nil
+	}
+	c, err := client.New(client.Config{Target: w.cfg.Master, Log: w.log})
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	return c.Run(ctx, w.report, 0)
+}
+
+// report is what the master is told.
+func (w *Worker) report() client.Report {
+	s, f := w.store.Stats(), w.fills.Stats()
+	return client.Report{
+		Registration: client.Registration{
+			UUID: w.store.UUID().String(), Node: w.cfg.Node, Version: w.cfg.Version,
+			CapacityBytes: s.CapacityBytes, Volumes: w.mounts.published(),
+		},
+		Beat: client.Beat{Stats: client.Stats{
+			CachedBytes: s.CachedBytes, Objects: int64(s.Objects), CompleteObjects: int64(s.CompleteObjects),
+			ReadRequests: w.counters.Reads.Load(), ReadBytes: w.counters.ReadBytes.Load(),
+			FetchedBytes: uint64(w.requests.Bytes.Load()), HitChunks: uint64(f.HitChunks), MissChunks: uint64(f.MissChunks),
+			EvictedBytes: uint64(s.EvictedBytes),
+		}},
+	}
+}
+
+// below is a path relative to root.
+func below(root, path string) (rel string, ok bool) {
+	if path == root {
+		return "", true
+	}
+	return strings.CutPrefix(path, strings.TrimSuffix(root, "/")+"/")
+}

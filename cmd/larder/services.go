@@ -1,0 +1,276 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"github.com/larderfs/larder/cacheworker"
+	"github.com/larderfs/larder/cacheworker/workerpb"
+	"github.com/larderfs/larder/driver"
+	"github.com/larderfs/larder/driver/broker"
+	"github.com/larderfs/larder/master"
+	"github.com/larderfs/larder/master/client"
+)
+
+// Names in a run directory, which worker, broker and node service share.
+const (
+	brokerSocket  = "broker.sock"
+	controlSocket = "worker.sock"
+	masterSocket  = "master.sock"
+)
+
+func hostname() string {
+	name, err := os.Hostname()
+	if err != nil || name == "" {
+		return "localhost"
+	}
+	return name
+}
+
+func masterCommand() *cobra.Command {
+	var c master.Config
+	return service("master", "Serve the cluster's memory: volumes, workers, mounts",
+		`The master keeps volumes, workers and mounts in etcd: embedded in its --dir by default, or an
+external cluster by --etcd-endpoints. It is never on the path of a read.`,
+		func(f *pflag.FlagSet) {
+			f.StringVar(&c.Dir, "dir", "/var/lib/larder/master", "`directory` of the embedded etcd")
+			f.StringSliceVar(&c.EtcdEndpoints, "etcd-endpoints", nil, "`URLs` of an external etcd, instead of the embedded one")
+			f.StringVar(&c.EtcdCAFile, "etcd-ca", "", "PEM `file` with the etcd's certificate authority")
+			f.StringVar(&c.EtcdCertFile, "etcd-cert", "", "PEM `file` with the client certificate")
+			f.StringVar(&c.EtcdKeyFile, "etcd-key", "", "PEM `file` with its key")
+			f.StringVar(&c.EtcdPrefix, "etcd-prefix", "larder/", "`prefix` of all keys in etcd")
+			f.StringVar(&c.Listen, "listen", "unix:///run/larder/master.sock", "gRPC `address`: unix:///path or host:port")
+			f.StringVar(&c.MetricsListen, "metrics-listen", "127.0.0.1:9810", "`address` of /metrics and /healthz; empty for none")
+			f.DurationVar(&c.WorkerLease, "worker-lease", 30*time.Second, "how long a worker is believed alive without a heartbeat")
+		},
+		func(ctx context.Context, log *slog.Logger) error {
+			c.Log, c.Version = log, version
+			m, err := master.New(c)
+			if err != nil {
+				return err
+			}
+			return m.Run(ctx)
+		})
+}
+
+// featureFlags registers what a worker is told alike on its own and in `up`.
+func featureFlags(f *pflag.FlagSet, c *cacheworker.Features) {
+	f.BoolVar(&c.NoPassthrough, "no-passthrough", false, "do without FUSE passthrough, as on kernels before 6.9")
+	f.BoolVar(&c.NoResend, "no-resend", false, "do without FUSE_NOTIFY_RESEND, as on kernels before 6.9")
+	f.BoolVar(&c.NoSplice, "no-splice", false, "copy instead of splicing")
+}
+
+func workerCommand() *cobra.Command {
+	var (
+		c           cacheworker.Config
+		t           = tier{dir: "/var/cache/larder"}
+		run         string
+		minFree     size
+		readOnlyDir string
+	)
+	return service("worker", "Serve the node's cache",
+		`The cache worker of one node. It needs no privilege: the broker (larder csi node) makes the mounts
+and shares them. It may be stopped, killed and upgraded at any time; readers wait for the next one.`,
+		func(f *pflag.FlagSet) {
+			f.Var(&t, "tier", "cache directory and its capacity")
+			f.StringVar(&readOnlyDir, "view", "", "the tier's `directory` through a read-only mount; without it nothing is passed through")
+			f.Var(&minFree, "min-free", "bytes of the tier's file system that stay free")
+			f.Int64Var(&c.MinFreeInodes, "min-free-inodes", 0, "inodes of the tier's file system that stay free")
+			f.StringVar(&run, "run-dir", "/run/larder", "`directory` of the sockets that worker, broker and node service share")
+			f.StringVar(&c.Node, "node-name", hostname(), "`name` of this node")
+			f.StringVar(&c.Master, "master", "", "`address` of the master: unix:///path or host:port; empty for none")
+			f.StringVar(&c.MetricsListen, "metrics-listen", "127.0.0.1:9811", "`address` of /metrics and /healthz; empty for none")
+			f.StringVar(&c.FileRoot, "file-root", "", "`directory` below which file:// sources may lie")
+			f.StringVar(&c.FileRootPath, "file-root-path", "", "`path` by which to open the file root")
+			f.MarkHidden("file-root-path")
+			featureFlags(f, &c.Features)
+		},
+		func(ctx context.Context, log *slog.Logger) error {
+			c.TierDir, c.ViewDir, c.CapacityBytes, c.MinFreeBytes = t.dir, readOnlyDir, t.bytes, int64(minFree)
+			c.BrokerSocket, c.ControlSocket = filepath.Join(run, brokerSocket), filepath.Join(run, controlSocket)
+			c.Log, c.Version = log, version
+			w, err := cacheworker.New(c)
+			if err != nil {
+				return err
+			}
+			return w.Run(ctx)
+		})
+}
+
+func brokerFlags(f *pflag.FlagSet, c *broker.Config, run *string) {
+	f.StringVar(run, "run-dir", "/run/larder", "`directory` of the sockets that worker, broker and node service share")
+	f.StringVar(&c.TierDir, "tier-dir", "/var/cache/larder", "the worker's cache `directory`: backing files lie in its file system")
+	f.Uint32Var(&c.WorkerUID, "worker-uid", 0, "user `id` of the worker")
+	f.StringVar(&c.Name, "mount-source", "larder", "`name` of the mounts in the mount table")
+}
+
+// brokerCommand is a child of `up`; elsewhere the broker is part of `csi node`.
+func brokerCommand() *cobra.Command {
+	var c broker.Config
+	var run string
+	cmd := service("broker", "Hold the node's mounts (part of csi node; a child of up)", "",
+		func(f *pflag.FlagSet) {
+			brokerFlags(f, &c, &run)
+			f.StringVar(&c.ViewDir, "view", "", "where to show the tier read-only")
+			f.BoolVar(&c.UnmountAtExit, "unmount-at-exit", false, "leave no mount")
+		},
+		func(ctx context.Context, log *slog.Logger) error {
+			c.Socket, c.OwnsView, c.Log = filepath.Join(run, brokerSocket), c.ViewDir != "", log
+			b, err := broker.New(c)
+			if err != nil {
+				return err
+			}
+			return b.Run(ctx)
+		})
+	cmd.Hidden = true
+	return cmd
+}
+
+func csiCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "csi", Short: "Serve CSI: the node service with the broker, or the controller"}
+	cmd.AddCommand(csiNodeCommand(), csiControllerCommand())
+	return cmd
+}
+
+func csiNodeCommand() *cobra.Command {
+	var (
+		d       = driver.Config{Node: true}
+		b       broker.Config
+		run     string
+		metrics string
+	)
+	return service("node", "Serve the CSI node service, with the broker that makes and holds the mounts",
+		`Privileged: it mounts. When it is stopped the mounts stay with the worker, which gives them to the next one.`,
+		func(f *pflag.FlagSet) {
+			brokerFlags(f, &b, &run)
+			f.StringVar(&b.ViewDir, "view", "", "show the tier read-only at this `directory`, for the worker")
+			f.StringVar(&d.Endpoint, "endpoint", "unix:///run/larder/csi.sock", "CSI `endpoint`")
+			f.StringVar(&d.NodeID, "node-name", hostname(), "`name` of this node")
+			f.StringVar(&metrics, "metrics-listen", "127.0.0.1:9812", "`address` of /metrics and /healthz; empty for none")
+			sourceFlags(f, &d.FileRoot, &d.InlineEndpoints)
+		},
+		func(ctx context.Context, log *slog.Logger) error {
+			b.Socket, b.OwnsView, b.Log = filepath.Join(run, brokerSocket), b.ViewDir != "", log
+			d.RunDir, d.Log, d.Version = run, log, version
+			br, err := broker.New(b)
+			if err != nil {
+				return err
+			}
+			n, err := newNode(d, run, nil)
+			if err != nil {
+				return err
+			}
+			defer n.Close()
+			g, ctx := errgroup.WithContext(ctx)
+			g.Go(func() error { return br.Run(ctx) })
+			g.Go(func() error { return n.srv.Run(ctx) })
+			g.Go(func() error { return serveProcessMetrics(ctx, metrics) })
+			return g.Wait()
+		})
+}
+
+func csiControllerCommand() *cobra.Command {
+	var (
+		d       = driver.Config{Controller: true}
+		target  string
+		metrics string
+	)
+	return service("controller", "Serve the CSI controller, beside the external-provisioner", "",
+		func(f *pflag.FlagSet) {
+			f.StringVar(&d.Endpoint, "endpoint", "unix:///run/larder/csi.sock", "CSI `endpoint`")
+			f.StringVar(&target, "master", "unix:///run/larder/master.sock", "`address` of the master: unix:///path or host:port")
+			f.StringVar(&metrics, "metrics-listen", "127.0.0.1:9813", "`address` of /metrics and /healthz; empty for none")
+			sourceFlags(f, &d.FileRoot, &d.InlineEndpoints)
+		},
+		func(ctx context.Context, log *slog.Logger) error {
+			m, err := client.New(client.Config{Target: target, Log: log})
+			if err != nil {
+				return err
+			}
+			defer m.Close()
+			d.Log, d.Version = log, version
+			d.Ready = func(ctx context.Context) error { _, err := m.Status(ctx); return err }
+			srv, err := driver.New(d, m, nil, nil)
+			if err != nil {
+				return err
+			}
+			g, ctx := errgroup.WithContext(ctx)
+			g.Go(func() error { return srv.Run(ctx) })
+			g.Go(func() error { return serveProcessMetrics(ctx, metrics) })
+			return g.Wait()
+		})
+}
+
+func sourceFlags(f *pflag.FlagSet, fileRoot *string, inlineEndpoints *[]string) {
+	f.StringVar(fileRoot, "file-root", "", "`directory` below which file:// sources may lie; empty allows none")
+	f.StringArrayVar(inlineEndpoints, "inline-endpoint", nil, "S3 endpoint `URL` that inline volumes may name (repeated)")
+}
+
+// node is the CSI server of a node and what it talks to.
+type node struct {
+	srv    *driver.Server
+	broker *broker.Client
+	worker *grpc.ClientConn
+}
+
+// newNode wires the node service to broker and worker in a run directory; volumes makes it a
+// controller too.
+func newNode(d driver.Config, run string, volumes driver.Volumes) (*node, error) {
+	conn, err := dialUnix(filepath.Join(run, controlSocket))
+	if err != nil {
+		return nil, err
+	}
+	n := &node{broker: broker.NewClient(filepath.Join(run, brokerSocket)), worker: conn}
+	also := d.Ready
+	d.Ready = func(ctx context.Context) error {
+		if _, err := n.broker.Mounts(ctx); err != nil {
+			return fmt.Errorf("broker: %w", err)
+		}
+		if _, err := workerpb.NewWorkerClient(conn).Status(ctx, &workerpb.StatusRequest{}); err != nil {
+			return fmt.Errorf("worker: %w", err)
+		}
+		if also != nil {
+			return also(ctx)
+		}
+		return nil
+	}
+	n.srv, err = driver.New(d, volumes, n.broker, driver.WorkerStats{Conn: conn})
+	if err != nil {
+		n.Close()
+		return nil, err
+	}
+	return n, nil
+}
+
+func (n *node) Close() error { return errors.Join(n.broker.Close(), n.worker.Close()) }
+
+// dialUnix connects lazily to a gRPC socket, however long its path.
+func dialUnix(path string) (*grpc.ClientConn, error) {
+	return grpc.NewClient("passthrough:///worker",
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(unixDialer(path)),
+		grpc.WithConnectParams(quickBackoff))
+}
+
+func serveProcessMetrics(ctx context.Context, addr string) error {
+	if addr == "" {
+		return nil
+	}
+	reg := prometheus.NewRegistry()
+	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return cacheworker.ServeMetrics(ctx, addr, reg, func() error { return nil })
+}

@@ -1,0 +1,181 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/workerpb"
+	"github.com/larderfs/larder/driver/broker"
+)
+
+// nodeStatus is what `larder status -o json` prints. Fields are added, never changed.
+type nodeStatus struct {
+	UUID          string `json:"uuid"`
+	Version       string `json:"version"`
+	CachedBytes   int64  `json:"cachedBytes"`
+	UnlinkedBytes int64  `json:"unlinkedBytes"`
+	CapacityBytes int64  `json:"capacityBytes"`
+	Objects       int64  `json:"objects"`
+	Complete      int64  `json:"completeObjects"`
+	ReadRequests  uint64 `json:"readRequests"` // FUSE READs that reached the worker
+	ReadBytes     uint64 `json:"readBytes"`
+	FetchedBytes  uint64 `json:"fetchedBytes"`
+	ListRequests  uint64 `json:"listRequests"`
+	HeadRequests  uint64 `json:"headRequests"`
+	GetRequests   uint64 `json:"getRequests"`
+	EvictedBytes  uint64 `json:"evictedBytes"`
+	Takeovers     int    `json:"takeovers"` // of the mounts below
+
+	Mounts   []mountStatus   `json:"mounts"`
+	Features []featureStatus `json:"features"`
+	Errors   []string        `json:"errors,omitempty"` // what could not be asked
+}
+
+type mountStatus struct {
+	Volume    string    `json:"volume"`
+	Path      string    `json:"path"`
+	Source    string    `json:"source"`
+	Since     time.Time `json:"since"`
+	Served    bool      `json:"served"`
+	Takeovers int       `json:"takeovers"`
+	OpenFiles uint64    `json:"openFiles"`
+	Nodes     uint64    `json:"nodes"`
+}
+
+type featureStatus struct {
+	Name      string `json:"name"`
+	Available bool   `json:"available"`
+	Reason    string `json:"reason,omitempty"`
+}
+
+func statusCommand() *cobra.Command {
+	var dir, run, format string
+	cmd := &cobra.Command{
+		Use: "status", Short: "Show the node's cache, mounts and processes", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if format != "table" && format != "json" {
+				return fmt.Errorf("-o %q: want table or json", format)
+			}
+			if run == "" {
+				run = filepath.Join(dir, "run")
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), 5*time.Second)
+			defer cancel()
+			s, err := askStatus(ctx, run)
+			if err != nil {
+				return err
+			}
+			if format == "json" {
+				e := json.NewEncoder(cmd.OutOrStdout())
+				e.SetIndent("", "  ")
+				return e.Encode(s)
+			}
+			return s.print(cmd.OutOrStdout())
+		},
+	}
+	cmd.Flags().StringVar(&dir, "dir", "/var/lib/larder", "the --dir of larder up")
+	cmd.Flags().StringVar(&run, "run-dir", "", "the --run-dir of larder worker and csi node, instead of --dir")
+	cmd.Flags().StringVarP(&format, "output", "o", "table", "table or json")
+	return cmd
+}
+
+// askStatus asks worker and broker; one that is away is noted, both is an error.
+func askStatus(ctx context.Context, run string) (nodeStatus, error) {
+	s := nodeStatus{Mounts: []mountStatus{}, Features: []featureStatus{}}
+	w, werr := askWorker(ctx, run)
+	mounts, berr := askBroker(ctx, run)
+	if werr != nil && berr != nil {
+		return s, fmt.Errorf("no larder answers in %s: is it running there?\n%w", run, errors.Join(werr, berr))
+	}
+	for _, err := range []error{werr, berr} {
+		if err != nil {
+			s.Errors = append(s.Errors, err.Error())
+		}
+	}
+	volumes := map[string]*workerpb.VolumeStatus{}
+	if w != nil {
+		s.UUID, s.Version = w.GetUuid(), w.GetVersion()
+		s.CachedBytes, s.UnlinkedBytes, s.CapacityBytes = w.GetCachedBytes(), w.GetUnlinkedBytes(), w.GetCapacityBytes()
+		s.Objects, s.Complete = w.GetObjects(), w.GetCompleteObjects()
+		s.ReadRequests, s.ReadBytes, s.FetchedBytes = w.GetReadRequests(), w.GetReadBytes(), w.GetFetchedBytes()
+		s.ListRequests, s.HeadRequests, s.GetRequests = w.GetListRequests(), w.GetHeadRequests(), w.GetGetRequests()
+		s.EvictedBytes = w.GetEvictedBytes()
+		for _, f := range w.GetFeatures() {
+			s.Features = append(s.Features, featureStatus{f.GetName(), f.GetAvailable(), f.GetReason()})
+		}
+		for _, v := range w.GetVolumes() {
+			volumes[v.GetVolumeId()] = v
+		}
+	}
+	for _, m := range mounts {
+		v := volumes[m.VolumeID]
+		s.Takeovers += m.Takeovers
+		s.Mounts = append(s.Mounts, mountStatus{Volume: m.VolumeID, Path: m.Path, Source: m.Volume.Source, Since: m.Since, Served: m.Served,
+			Takeovers: m.Takeovers, OpenFiles: v.GetOpenHandles(), Nodes: v.GetNodes()})
+	}
+	return s, nil
+}
+
+func askWorker(ctx context.Context, run string) (*workerpb.WorkerStatus, error) {
+	conn, err := dialUnix(filepath.Join(run, controlSocket))
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	w, err := workerpb.NewWorkerClient(conn).Status(ctx, &workerpb.StatusRequest{})
+	if err != nil {
+		return nil, fmt.Errorf("worker: %w", err)
+	}
+	return w, nil
+}
+
+func askBroker(ctx context.Context, run string) ([]brokerwire.Mount, error) {
+	c := broker.NewClient(filepath.Join(run, brokerSocket))
+	defer c.Close()
+	return c.Mounts(ctx)
+}
+
+func (s nodeStatus) print(out io.Writer) error {
+	fmt.Fprintf(out, "worker   %s (%s)\n", s.UUID, s.Version)
+	fmt.Fprintf(out, "cached   %s of %s in %d objects, %d complete\n", bytes(s.CachedBytes), bytes(s.CapacityBytes), s.Objects, s.Complete)
+	fmt.Fprintf(out, "reads    %d reached the worker, %s fetched from under stores\n", s.ReadRequests, bytes(int64(s.FetchedBytes)))
+	for _, f := range s.Features {
+		if !f.Available {
+			fmt.Fprintf(out, "without  %s: %s\n", f.Name, f.Reason)
+		}
+	}
+	for _, e := range s.Errors {
+		fmt.Fprintf(out, "error    %s\n", e)
+	}
+	if len(s.Mounts) == 0 {
+		return nil
+	}
+	fmt.Fprintln(out)
+	t := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
+	fmt.Fprintln(t, "VOLUME\tSOURCE\tSERVED\tTAKEOVERS\tOPEN\tSINCE\tPATH")
+	for _, m := range s.Mounts {
+		fmt.Fprintf(t, "%s\t%s\t%v\t%d\t%d\t%s\t%s\n", m.Volume, m.Source, m.Served, m.Takeovers, m.OpenFiles, m.Since.Format(time.DateTime), m.Path)
+	}
+	return t.Flush()
+}
+
+func bytes(n int64) string {
+	for _, u := range []struct {
+		name string
+		size int64
+	}{{"TiB", 1 << 40}, {"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}} {
+		if n >= u.size {
+			return fmt.Sprintf("%.1f %s", float64(n)/float64(u.size), u.name)
+		}
+	}
+	return fmt.Sprintf("%d B", n)
+}

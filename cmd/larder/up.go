@@ -1,0 +1,364 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+
+	"github.com/larderfs/larder/cacheworker"
+	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/driver"
+	"github.com/larderfs/larder/driver/broker"
+	"github.com/larderfs/larder/master"
+	"github.com/larderfs/larder/master/client"
+)
+
+// up is all of Larder on one machine: master and CSI services in this process, broker and worker
+// as its children, which are restarted when they die.
+type up struct {
+	dir       string
+	tier      tier
+	fileRoot  string
+	endpoints []string
+	nodeName  string
+	workerUID uint32
+	minFree   size
+	features  cacheworker.Features
+	metrics   string
+
+	log *slog.Logger
+}
+
+func upCommand() *cobra.Command {
+	u := &up{}
+	return service("up", "Run everything on this machine",
+		`Master, CSI services, broker and worker on one machine, over unix sockets below --dir:
+
+  DIR/csi.sock   CSI identity, controller and node service
+  DIR/cache      the cache (--tier)
+
+It needs root, Linux, and nothing else. SIGTERM stops in order and leaves no mount; a second one hurries.`,
+		func(f *pflag.FlagSet) {
+			f.StringVar(&u.dir, "dir", "/var/lib/larder", "`directory` of everything")
+			f.Var(&u.tier, "tier", "cache directory and its capacity (default DIR/cache:10GiB)")
+			f.Var(&u.minFree, "min-free", "bytes of the tier's file system that stay free")
+			f.StringVar(&u.nodeName, "node-name", hostname(), "`name` of this node")
+			f.StringVar(&u.metrics, "metrics-listen", "", "`address` of this process's /metrics, beside DIR/run/*-metrics.sock")
+			f.Uint32Var(&u.workerUID, "worker-uid", 0, "user `id` that the worker runs as; it owns the tier")
+			sourceFlags(f, &u.fileRoot, &u.endpoints)
+			featureFlags(f, &u.features)
+		},
+		func(ctx context.Context, log *slog.Logger) error {
+			u.log = log
+			return u.run(ctx)
+		})
+}
+
+func (u *up) run(ctx context.Context) (err error) {
+	if err := u.prepare(); err != nil {
+		return err
+	}
+	lock, err := u.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := u.clean(); err != nil { // of an earlier one that was killed
+		return err
+	}
+	defer func() { err = errors.Join(err, u.clean()) }()
+
+	// Each stage is stopped before the one above it: the services that make mounts, the broker that
+	// removes them, the worker that serves them meanwhile, the master.
+	bg := context.WithoutCancel(ctx)
+	masterStage, stopMaster := stage(bg, u.runMaster)
+	workerStage, stopWorker := stage(bg, u.runWorker)
+	brokerStage, stopBroker := stage(bg, u.runBroker)
+	csiStage, stopCSI := stage(bg, u.runCSI)
+	select {
+	case <-ctx.Done():
+		u.log.Info("stopping")
+	case err = <-masterStage:
+	case err = <-workerStage:
+	case err = <-brokerStage:
+	case err = <-csiStage:
+	}
+	return errors.Join(err, stopCSI(), stopBroker(), stopWorker(), stopMaster())
+}
+
+// stage runs one part until stop is called, which returns its error once.
+func stage(ctx context.Context, run func(context.Context) error) (ended <-chan error, stop func() error) {
+	ctx, cancel := context.WithCancel(ctx)
+	ch, done := make(chan error, 1), make(chan struct{})
+	go func() {
+		defer close(done)
+		ch <- run(ctx)
+	}()
+	return ch, func() error {
+		cancel()
+		<-done
+		select {
+		case err := <-ch:
+			return err
+		default:
+			return nil
+		}
+	}
+}
+
+func (u *up) runDir() string { return filepath.Join(u.dir, "run") }
+func (u *up) view() string   { return filepath.Join(u.runDir(), "view") }
+
+// source names this directory's mounts in the mount table.
+func (u *up) source() string {
+	return fmt.Sprintf("larder-%x", sha256.Sum256([]byte(u.dir)))[:len("larder-")+16]
+}
+
+// prepare checks the flags, reporting all mistakes, and makes the directories.
+func (u *up) prepare() error {
+	var errs []error
+	if os.Geteuid() != 0 {
+		errs = append(errs, errors.New("larder up makes mounts and needs root"))
+	}
+	dir, err := filepath.Abs(u.dir)
+	errs = append(errs, err)
+	if err == nil {
+		u.dir = dir
+	}
+	if u.tier.dir == "" {
+		u.tier = tier{filepath.Join(u.dir, "cache"), 10 << 30}
+	}
+	if u.fileRoot != "" {
+		if st, err := os.Stat(u.fileRoot); err != nil || !st.IsDir() {
+			errs = append(errs, fmt.Errorf("--file-root %s is not a directory", u.fileRoot))
+		}
+		if u.fileRoot, err = filepath.Abs(u.fileRoot); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	for _, d := range []string{u.dir, u.runDir(), u.tier.dir} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			return err
+		}
+	}
+	if u.dir, err = filepath.EvalSymlinks(u.dir); err != nil {
+		return err
+	}
+	if u.workerUID != 0 {
+		for _, d := range []string{u.runDir(), u.tier.dir} {
+			if err := os.Chown(d, int(u.workerUID), -1); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// lock makes sure that there is one `up` for a directory. The children of one that was killed are
+// about to end.
+func (u *up) lock(ctx context.Context) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(u.runDir(), "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	for start := time.Now(); ; {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return f, nil
+		}
+		if err != unix.EWOULDBLOCK || time.Since(start) > lockWait {
+			f.Close()
+			return nil, fmt.Errorf("--dir %s is in use by another larder up", u.dir)
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, ctx.Err()
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+const lockWait = 10 * time.Second
+
+// clean removes every mount of this directory.
+func (u *up) clean() error {
+	return errors.Join(broker.RemoveDead(u.source()), broker.RemoveView(u.view()))
+}
+
+func (u *up) masterTarget() string { return "unix://" + filepath.Join(u.runDir(), masterSocket) }
+
+func (u *up) runMaster(ctx context.Context) error {
+	m, err := master.New(master.Config{
+		Dir: filepath.Join(u.dir, "master"), Listen: u.masterTarget(), ListenMode: 0o666,
+		MetricsListen: u.metricsSocket("master"), Version: version, Log: u.log.With("part", "master"),
+	})
+	if err != nil {
+		return err
+	}
+	return m.Run(ctx)
+}
+
+func (u *up) metricsSocket(part string) string {
+	return "unix://" + filepath.Join(u.runDir(), part+"-metrics.sock")
+}
+
+func (u *up) runCSI(ctx context.Context) error {
+	m, err := client.New(client.Config{Target: u.masterTarget(), Log: u.log})
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	n, err := newNode(driver.Config{
+		Endpoint: "unix://" + filepath.Join(u.dir, "csi.sock"), Version: version, Controller: true, Node: true,
+		NodeID: u.nodeName, RunDir: u.runDir(), FileRoot: u.fileRoot, InlineEndpoints: u.endpoints,
+		Ready: func(ctx context.Context) error { _, err := m.Status(ctx); return err },
+		Log:   u.log.With("part", "csi"),
+	}, u.runDir(), m)
+	if err != nil {
+		return err
+	}
+	defer n.Close()
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return n.srv.Run(ctx) })
+	g.Go(func() error { return serveProcessMetrics(ctx, u.metricsSocket("csi")) })
+	g.Go(func() error { return serveProcessMetrics(ctx, u.metrics) })
+	return g.Wait()
+}
+
+func (u *up) runBroker(ctx context.Context) error {
+	return u.keep(ctx, "broker", nil, "broker", "--run-dir", u.runDir(), "--tier-dir", u.tier.dir, "--view", u.view(),
+		"--worker-uid", fmt.Sprint(u.workerUID), "--mount-source", u.source(), "--unmount-at-exit")
+}
+
+// runWorker passes directories by descriptor, so that a worker without rights needs none on
+// their parents.
+func (u *up) runWorker(ctx context.Context) error {
+	if err := u.awaitBroker(ctx); err != nil { // which makes the view
+		return err
+	}
+	dirs := []string{u.runDir(), u.tier.dir, u.view()}
+	if u.fileRoot != "" {
+		dirs = append(dirs, u.fileRoot)
+	}
+	const first = 4 // behind the standard ones and the lifeline
+	at := func(i int) string { return fmt.Sprintf("/proc/self/fd/%d", first+i) }
+	args := []string{"worker", "--run-dir", at(0), "--tier", at(1) + ":" + strconv.FormatInt(u.tier.bytes, 10), "--view", at(2),
+		"--node-name", u.nodeName, "--master", "unix://" + at(0) + "/" + masterSocket, "--metrics-listen", "unix://" + at(0) + "/worker-metrics.sock"}
+	if u.fileRoot != "" {
+		args = append(args, "--file-root", u.fileRoot, "--file-root-path", at(3))
+	}
+	if u.minFree > 0 {
+		args = append(args, "--min-free", u.minFree.String())
+	}
+	for flag, on := range map[string]bool{"--no-passthrough": u.features.NoPassthrough, "--no-resend": u.features.NoResend, "--no-splice": u.features.NoSplice} {
+		if on {
+			args = append(args, flag)
+		}
+	}
+	return u.keep(ctx, "worker", dirs, args...)
+}
+
+func (u *up) awaitBroker(ctx context.Context) error {
+	for {
+		c, err := brokerwire.Dial(ctx, filepath.Join(u.runDir(), brokerSocket))
+		if err == nil {
+			return c.Close()
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// keep runs a child and runs it again when it dies, until ctx ends; then it is sent SIGTERM.
+func (u *up) keep(ctx context.Context, name string, dirs []string, args ...string) error {
+	for wait := minRestart; ctx.Err() == nil; wait = min(2*wait, maxRestart) {
+		start := time.Now()
+		err := u.child(ctx, dirs, args)
+		if ctx.Err() != nil {
+			return err
+		}
+		if time.Since(start) > maxRestart {
+			wait = minRestart
+		}
+		u.log.Error("child died; it is started again", "child", name, "err", err, "after", wait)
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+	return nil
+}
+
+const (
+	minRestart = 10 * time.Millisecond
+	maxRestart = 5 * time.Second
+	stopWait   = 20 * time.Second // from SIGTERM to SIGKILL
+)
+
+// child runs one process to its end. It holds one end of a pipe, so that it ends when this
+// process is killed.
+func (u *up) child(ctx context.Context, dirs, args []string) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer w.Close()
+	files := []*os.File{r}
+	defer func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}()
+	for _, d := range dirs {
+		f, err := os.OpenFile(d, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		files = append(files, f)
+	}
+	cmd := exec.CommandContext(ctx, self, append(args, "--lifeline-fd", "3")...)
+	cmd.Stderr, cmd.ExtraFiles = os.Stderr, files
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = stopWait
+	if args[0] == "worker" && u.workerUID != 0 {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: u.workerUID, Gid: u.workerUID}}
+	}
+	return cmd.Run()
+}
+
+// quickBackoff is for peers on the same machine.
+var quickBackoff = grpc.ConnectParams{
+	Backoff:           backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, Jitter: 0.2, MaxDelay: 500 * time.Millisecond},
+	MinConnectTimeout: 2 * time.Second,
+}
+
+func unixDialer(path string) func(context.Context, string) (net.Conn, error) {
+	return func(ctx context.Context, _ string) (net.Conn, error) { return brokerwire.DialStream(ctx, path) }
+}
