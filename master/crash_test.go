@@ -5,12 +5,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -221,6 +223,51 @@ func TestAMasterWithAnExternalEtcdWaitsForItAndSharesIt(t *testing.T) {
 	}
 	if s, err := b.Client.Status(t.Context()); err != nil || s.Embedded || s.Workers != 1 || s.Volumes != 10 || s.StoreBytes == 0 {
 		t.Errorf("status %+v, %v", s, err)
+	}
+}
+
+func TestADamagedStoreIsAnErrorNotAnExit(t *testing.T) {
+	for name, file := range map[string]string{"log": "member/wal/*.wal", "data base": "member/snap/db"} {
+		t.Run(name, func(t *testing.T) {
+			m := start(t, master.Config{})
+			if _, err := m.CreateVolume(t.Context(), client.VolumeSpec{Name: "v"}); err != nil {
+				t.Fatal(err)
+			}
+			m.stop(t)
+			found, err := filepath.Glob(filepath.Join(m.cfg.Dir, "etcd", file))
+			if err != nil || len(found) != 1 {
+				t.Fatal(found, err)
+			}
+			damage(t, found[0])
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			defer cancel()
+			again, err := master.New(m.cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := again.Run(ctx); err == nil || !strings.Contains(err.Error(), "open store: ") {
+				t.Errorf("run: %v", err)
+			} else {
+				t.Log(err)
+			}
+			if _, err := os.Stat(strings.TrimPrefix(m.cfg.Listen, "unix://")); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("socket: %v", err)
+			}
+		})
+	}
+}
+
+func damage(t *testing.T, path string) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for off := int64(0); off < 16<<10; off += 64 {
+		if _, err := f.WriteAt([]byte("damage"), off); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"sync"
 	"time"
 
@@ -79,19 +78,9 @@ func openEmbedded(ctx context.Context, cfg Config) (s *store, err error) {
 		return s, err
 	}
 	ec := embeddedConfig(filepath.Join(cfg.Dir, "etcd"))
-	ec.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.New(s.logs, zap.WithFatalHook(onFatal{s.died})))
-	if s.etcd, err = embed.StartEtcd(ec); err != nil {
-		return s, err
-	}
-	select {
-	case <-s.etcd.Server.ReadyNotify():
-	case <-s.etcd.Server.StopNotify():
-		return s, errors.New("etcd stopped while starting")
-	case err := <-s.died:
-		s.dead = true
-		return s, err
-	case <-ctx.Done():
-		return s, context.Cause(ctx)
+	ec.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.New(s.logs, zap.WithFatalHook(onFatal{s.died}), zap.WithPanicHook(onFatal{s.died})))
+	if err := s.start(ctx, ec); err != nil {
+		return s, fmt.Errorf("%s: %w", ec.Dir, err)
 	}
 	s.etcd.Server.KV().Commit() // or its version monitor complains of a store without a term, once
 	s.client = v3client.New(s.etcd.Server)
@@ -100,6 +89,43 @@ func openEmbedded(ctx context.Context, cfg Config) (s *store, err error) {
 	}
 	s.logs.quiet.Store(false)
 	return s, nil
+}
+
+// start starts etcd and waits until it is ready.
+func (s *store) start(ctx context.Context, ec *embed.Config) error {
+	type started struct {
+		etcd *embed.Etcd
+		err  error
+	}
+	c := make(chan started, 1)
+	go func() { // never ends if etcd dies of what it finds, such as a damaged log
+		defer func() {
+			if p := recover(); p != nil { // a log that was cut to nothing is a nil dereference
+				c <- started{err: fmt.Errorf("etcd: %v", p)}
+			}
+		}()
+		etcd, err := embed.StartEtcd(ec)
+		c <- started{etcd, err}
+	}()
+	select {
+	case got := <-c:
+		if s.etcd = got.etcd; got.err != nil {
+			return got.err
+		}
+	case err := <-s.died:
+		return err
+	}
+	select {
+	case <-s.etcd.Server.ReadyNotify():
+		return nil
+	case <-s.etcd.Server.StopNotify():
+		return errors.New("etcd stopped while starting")
+	case err := <-s.died:
+		s.dead = true
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // smallSegments makes etcd's log grow by 8 MiB, not 64 MB, at a time. etcd has no option for it.
@@ -185,8 +211,9 @@ func lockDir(ctx context.Context, dir string) (*os.File, error) {
 	}
 }
 
-// onFatal stands for os.Exit, which etcd calls when it cannot go on (a full disk, a damaged
-// log): only main may exit. The goroutine ends, the store answers nothing more, Run returns.
+// onFatal stands for os.Exit and panic, which etcd calls when it cannot go on (a full disk, a
+// damaged log): only main may exit. The goroutine stays where it is, with the locks it holds,
+// so that nothing more is acknowledged, and Run returns.
 type onFatal struct{ died chan<- error }
 
 func (h onFatal) OnWrite(e *zapcore.CheckedEntry, fields []zapcore.Field) {
@@ -194,5 +221,5 @@ func (h onFatal) OnWrite(e *zapcore.CheckedEntry, fields []zapcore.Field) {
 	case h.died <- fmt.Errorf("etcd: %s%s", e.Message, text(fields)):
 	default:
 	}
-	runtime.Goexit()
+	select {}
 }

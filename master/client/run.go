@@ -15,6 +15,9 @@ type Report struct {
 	Beat         // told each time
 }
 
+// retryPause bounds the time between reports while the master is away: it is soon told when it is back.
+const retryPause = 2 * time.Second
+
 // Run keeps the worker registered until ctx ends: it registers, sends a heartbeat every
 // interval (0 means a third of the lease), and registers again when the report's Registration
 // changes or the master has forgotten it. A master that is away is logged, once, and is no
@@ -23,11 +26,15 @@ type Report struct {
 func (c *Client) Run(ctx context.Context, report func() Report, interval time.Duration) error {
 	var told *Registration // what the master knows; nil for nothing
 	lost := false
+	var lease time.Duration
 	for {
 		r := report()
-		lease, err := c.tell(ctx, r, &told)
+		got, err := c.tell(ctx, r, &told)
 		if ctx.Err() != nil {
 			return nil
+		}
+		if err == nil {
+			lease = got
 		}
 		if (err != nil) != lost {
 			lost = err != nil
@@ -46,14 +53,11 @@ func (c *Client) Run(ctx context.Context, report func() Report, interval time.Du
 // pause is the time until the next report, with jitter, so that a thousand workers do not beat at once.
 func pause(interval, lease time.Duration, err error) time.Duration {
 	d := interval
-	if d == 0 {
+	if d <= 0 {
 		d = lease / 3
 	}
-	if d <= 0 || err != nil {
-		d = min(max(d, 0), 2*time.Second) // be back soon after the master is
-		if d == 0 {
-			d = 2 * time.Second
-		}
+	if d <= 0 || err != nil && d > retryPause {
+		d = retryPause
 	}
 	return d - time.Duration(rand.Int64N(int64(d)/10+1))
 }

@@ -50,8 +50,11 @@ func main() {
 // generate makes the files of all protos and writes those that differ, or returns their names if check is set.
 func generate(ctx context.Context, check bool) (stale []string, err error) {
 	protos, err := find(".")
-	if err != nil || len(protos) == 0 {
-		return nil, errors.Join(err, errIf(len(protos) == 0, "no .proto files here"))
+	if err != nil {
+		return nil, err
+	}
+	if len(protos) == 0 {
+		return nil, errors.New("no .proto files here")
 	}
 	req, err := compile(ctx, protos)
 	if err != nil {
@@ -150,11 +153,4 @@ func run(ctx context.Context, tool, options string, req *pluginpb.CodeGeneratorR
 		return nil, fmt.Errorf("%s: %s", tool, resp.GetError())
 	}
 	return resp.GetFile(), nil
-}
-
-func errIf(cond bool, text string) error {
-	if cond {
-		return errors.New(text)
-	}
-	return nil
 }
