@@ -83,10 +83,15 @@ func (b *fakeBroker) Mount(ctx context.Context, v brokerwire.Volume, path string
 
 func (b *fakeBroker) Refresh(ctx context.Context, v brokerwire.Volume) error {
 	return b.call(ctx, "refresh", func() error {
-		if _, ok := b.mounts[v.ID]; !ok {
+		m, ok := b.mounts[v.ID]
+		if !ok {
 			return object.ErrNotFound
 		}
 		b.creds[v.ID] = v.Credentials
+		v.Credentials = brokerwire.Credentials{}
+		if v != m.Volume {
+			return errors.New("refresh of more than credentials")
+		}
 		return nil
 	})
 }

@@ -151,7 +151,7 @@ func (n *node) ensure(ctx context.Context, v view, want brokerwire.Volume, path 
 		if diff := differences(m.Volume, want); len(diff) > 0 {
 			return false, fmt.Errorf("volume %s is mounted with other values of %s: %w", quote(want.ID), strings.Join(diff, ", "), brokerwire.ErrExists)
 		}
-		return false, n.refresh(ctx, want)
+		return false, n.refresh(ctx, m, want.Credentials)
 	}
 	if err := n.replace(ctx, v, want.ID, path); err != nil {
 		return false, err
@@ -167,13 +167,15 @@ func (n *node) ensure(ctx context.Context, v view, want brokerwire.Volume, path 
 	return true, nil
 }
 
-// refresh hands over new credentials. No Secret in a request means no news.
-func (n *node) refresh(ctx context.Context, want brokerwire.Volume) error {
-	if want.Credentials.IsZero() {
+// refresh hands over new credentials, and nothing else. No Secret in a request means no news.
+func (n *node) refresh(ctx context.Context, m brokerwire.Mount, c brokerwire.Credentials) error {
+	if c.IsZero() {
 		return nil
 	}
-	if err := n.broker.Refresh(ctx, want); err != nil {
-		return fmt.Errorf("refresh credentials of volume %s: %w", quote(want.ID), err)
+	v := m.Volume
+	v.Credentials = c
+	if err := n.broker.Refresh(ctx, v); err != nil {
+		return fmt.Errorf("refresh credentials of volume %s: %w", quote(m.VolumeID), err)
 	}
 	return nil
 }
@@ -331,7 +333,7 @@ func (n *node) ensureStaged(ctx context.Context, v view, req *csi.NodePublishVol
 		if err := fits(m.Volume, want, req.GetVolumeCapability().GetMount().GetVolumeMountGroup()); err != nil {
 			return err
 		}
-		return n.refresh(ctx, want)
+		return n.refresh(ctx, m, want.Credentials)
 	case ok || v.dead(staging) || stagedByKubelet(want.ID, staging):
 		n.log.Warn("stage again what had died", "volume", want.ID, "path", staging)
 		_, err := n.ensure(ctx, v, want, staging)

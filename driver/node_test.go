@@ -401,7 +401,7 @@ func TestOneConnectionHasOneGroup(t *testing.T) {
 				t.Errorf("staged as %+v", m[0].Volume)
 			}
 			err := b.publish(t, "target", func(r *csi.NodePublishVolumeRequest) {
-				r.VolumeContext, r.VolumeCapability = context, capability(oneReaderNode, c.published)
+				r.VolumeContext, r.VolumeCapability, r.Secrets = context, capability(oneReaderNode, c.published), secret("pod")
 			})
 			if status.Code(err) != c.code {
 				t.Errorf("got %v; want %v", err, c.code)
