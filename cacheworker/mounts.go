@@ -47,19 +47,16 @@ type held struct {
 // answer to what is in flight: the next worker gets it again.
 func (ms *mounts) Run(ctx context.Context) error {
 	defer ms.detach()
-	lost := false
+	waiting := false
 	for ctx.Err() == nil {
-		err := ms.connect(ctx)
+		connected, err := ms.connect(ctx)
 		if ctx.Err() != nil {
 			return nil
 		}
-		if !lost {
-			ms.w.log.Warn("broker is away", "err", err)
-			lost = true
+		if connected || !waiting {
+			ms.w.log.Warn("broker is away; mounts go on without it", "err", err)
 		}
-		if err == nil {
-			lost = false
-		}
+		waiting = true
 		select {
 		case <-ctx.Done():
 		case <-time.After(redial):
@@ -68,11 +65,11 @@ func (ms *mounts) Run(ctx context.Context) error {
 	return nil
 }
 
-// connect serves one connection to the broker.
-func (ms *mounts) connect(ctx context.Context) error {
+// connect serves one connection to the broker, if there is one.
+func (ms *mounts) connect(ctx context.Context) (connected bool, err error) {
 	conn, err := brokerwire.Dial(ctx, ms.w.cfg.BrokerSocket)
 	if err != nil {
-		return err
+		return false, err
 	}
 	peer := brokerwire.NewPeer(conn, func(rctx context.Context, m brokerwire.Message, files []*os.File) (brokerwire.Message, []*os.File, error) {
 		return brokerwire.Message{}, nil, ms.handle(ctx, rctx, m, files)
@@ -83,14 +80,14 @@ func (ms *mounts) connect(ctx context.Context) error {
 	if _, _, err := peer.Call(ctx, hello); err != nil {
 		peer.Close()
 		<-done
-		return fmt.Errorf("broker refuses this worker: %w", err)
+		return false, fmt.Errorf("broker refuses this worker: %w", err)
 	}
 	ms.w.log.Info("connected to broker")
 	ms.giveBack(ctx, peer)
 	ms.setPeer(peer)
 	err = <-done
 	ms.setPeer(nil)
-	return err
+	return true, err
 }
 
 func (ms *mounts) setPeer(p *brokerwire.Peer) {

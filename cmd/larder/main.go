@@ -49,10 +49,10 @@ func signals() (context.Context, func()) {
 	return ctx, func() { signal.Stop(ch); close(done); cancel(); hurryUp(nil) }
 }
 
-// hurry is done when a second signal came.
-func hurry(ctx context.Context) <-chan struct{} {
+// hurry ends when a second signal came.
+func hurry(ctx context.Context) context.Context {
 	if h, ok := ctx.Value(hurryKey{}).(context.Context); ok {
-		return h.Done()
+		return h
 	}
-	return nil
+	return context.Background()
 }

@@ -42,7 +42,8 @@ type up struct {
 	features  cacheworker.Features
 	metrics   string
 
-	log *slog.Logger
+	log     *slog.Logger
+	hurried context.Context // done after a second signal
 }
 
 func upCommand() *cobra.Command {
@@ -65,7 +66,7 @@ It needs root, Linux, and nothing else. SIGTERM stops in order and leaves no mou
 			featureFlags(f, &u.features)
 		},
 		func(ctx context.Context, log *slog.Logger) error {
-			u.log = log
+			u.log, u.hurried = log, hurry(ctx)
 			return u.run(ctx)
 		})
 }
@@ -99,7 +100,14 @@ func (u *up) run(ctx context.Context) (err error) {
 	case err = <-brokerStage:
 	case err = <-csiStage:
 	}
-	return errors.Join(err, stopCSI(), stopBroker(), stopWorker(), stopMaster())
+	stopped := make(chan error, 1)
+	go func() { stopped <- errors.Join(stopCSI(), stopBroker(), stopWorker(), stopMaster()) }()
+	select {
+	case serr := <-stopped:
+		return errors.Join(err, serr)
+	case <-u.hurried.Done(): // the children are being killed; what is left goes with this process
+		return errors.Join(err, errHurry)
+	}
 }
 
 // stage runs one part until stop is called, which returns its error once.
@@ -298,7 +306,7 @@ func (u *up) keep(ctx context.Context, name string, dirs []string, args ...strin
 		start := time.Now()
 		err := u.child(ctx, dirs, args)
 		if ctx.Err() != nil {
-			return err
+			return u.stopped(name, err)
 		}
 		if time.Since(start) > maxRestart {
 			wait = minRestart
@@ -310,6 +318,14 @@ func (u *up) keep(ctx context.Context, name string, dirs []string, args ...strin
 		}
 	}
 	return nil
+}
+
+// stopped is how a child ended that was told to.
+func (u *up) stopped(name string, err error) error {
+	if err == nil || errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return fmt.Errorf("stop %s: %w", name, err)
 }
 
 const (
@@ -350,7 +366,11 @@ func (u *up) child(ctx context.Context, dirs, args []string) error {
 	if args[0] == "worker" && u.workerUID != 0 {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: u.workerUID, Gid: u.workerUID}}
 	}
-	return cmd.Run()
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	defer context.AfterFunc(u.hurried, func() { cmd.Process.Kill() })()
+	return cmd.Wait()
 }
 
 // quickBackoff is for peers on the same machine.

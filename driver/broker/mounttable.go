@@ -239,14 +239,20 @@ func warnTimeout(log *slog.Logger) {
 }
 
 // bindThrough makes the socket domain/name in the FUSE file system at path and listens on
-// it. Paths of a kubelet are longer than sun_path, so it is bound through a descriptor.
+// it. It goes through a detached mount, because a bound socket keeps the mount that it was
+// bound through busy, and through a descriptor, because a kubelet's paths are longer than sun_path.
 func bindThrough(path, name string) (*os.File, error) {
-	dir, err := os.OpenFile(filepath.Join(path, "domain"), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	tree, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("open tree: %w", err)
 	}
-	defer dir.Close()
-	l, err := net.Listen("unix", fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), name))
+	defer unix.Close(tree)
+	dir, err := unix.Openat(tree, "domain", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open domain: %w", err)
+	}
+	defer unix.Close(dir)
+	l, err := net.Listen("unix", fmt.Sprintf("/proc/self/fd/%d/%s", dir, name))
 	if err != nil {
 		return nil, err
 	}
