@@ -134,6 +134,9 @@ func (s *Store) forget(e *entry) {
 	if e.complete() {
 		s.complete--
 	}
+	if e.file != nil {
+		s.leased--
+	}
 	s.live -= e.Bytes()
 	s.hold(heldKey{e.Key, e.nonce}, e.Bytes())
 }

@@ -492,7 +492,9 @@ func (f *File) Close() error {
 		return nil
 	}
 	e.file = nil
-	s.leased--
+	if !e.evicted.Load() {
+		s.leased--
+	}
 	s.mu.Unlock()
 	var err error
 	if f.file.f != nil {

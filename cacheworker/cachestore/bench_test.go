@@ -1,0 +1,172 @@
+package cachestore
+
+import (
+	"fmt"
+	"runtime"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/larderfs/larder/cacheworker/object"
+)
+
+func benchStore(b *testing.B) *Store {
+	s, err := Open(Config{Dir: b.TempDir(), CapacityBytes: 4 << 30, Log: testConfig(b, "", 0).Log})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			b.Error(err)
+		}
+	})
+	return s
+}
+
+// BenchmarkPut1MiB is what a fill pays for each chunk, eviction included once the tier is full.
+func BenchmarkPut1MiB(b *testing.B) {
+	s := benchStore(b)
+	data := make([]byte, chunk)
+	b.SetBytes(chunk)
+	n := 0
+	var f *File
+	for b.Loop() {
+		if n%64 == 0 {
+			if f != nil {
+				f.Close()
+			}
+			var err error
+			if f, err = s.Open(obj(fmt.Sprint(n), 64*chunk)); err != nil {
+				b.Fatal(err)
+			}
+		}
+		if err := f.Put(n%64, data); err != nil {
+			b.Fatal(err)
+		}
+		n++
+	}
+	f.Close()
+}
+
+// BenchmarkPut4KiBObject is what a small file costs: a file, its records, its lease.
+func BenchmarkPut4KiBObject(b *testing.B) {
+	s := benchStore(b)
+	data := make([]byte, 4096)
+	n := 0
+	for b.Loop() {
+		f, err := s.Open(obj(fmt.Sprint(n), 4096))
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := f.Put(0, data); err != nil {
+			b.Fatal(err)
+		}
+		f.Close()
+		n++
+	}
+}
+
+// BenchmarkReadAt4K is a copy out of the page cache through the store.
+func BenchmarkReadAt4K(b *testing.B) {
+	s := benchStore(b)
+	f := lease(b, s, obj("a", 64*chunk))
+	for i := range 64 {
+		if err := f.Put(i, make([]byte, chunk)); err != nil {
+			b.Fatal(err)
+		}
+	}
+	p := make([]byte, 4096)
+	b.SetBytes(4096)
+	off := int64(0)
+	for b.Loop() {
+		if _, err := f.ReadAt(p, off); err != nil {
+			b.Fatal(err)
+		}
+		off = (off + 7919*4096) % (64 * chunk)
+	}
+}
+
+// BenchmarkOpen100kObjects is a restart of a worker.
+func BenchmarkOpen100kObjects(b *testing.B) {
+	const objects = 100_000
+	cfg := testConfig(b, b.TempDir(), 4<<30)
+	s, err := Open(cfg)
+	if err != nil {
+		b.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for w := range 8 {
+		wg.Go(func() {
+			data := make([]byte, 100)
+			for n := w; n < objects; n += 8 {
+				f, err := s.Open(obj(fmt.Sprint(n), 100))
+				if err == nil {
+					err = f.Put(0, data)
+				}
+				if err != nil {
+					b.Error(err)
+					return
+				}
+				s.Grant(f.Object(), principal(1), time.Now())
+				f.Close()
+			}
+		})
+	}
+	wg.Wait()
+	if err := s.Close(); err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		s, err := Open(cfg)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.StopTimer()
+		if s.Stats().Objects != objects {
+			b.Fatalf("%+v", s.Stats())
+		}
+		if err := s.Close(); err != nil {
+			b.Fatal(err)
+		}
+		b.StartTimer()
+	}
+}
+
+// TestAnObjectTakesLessThan500BytesOfMemory counts what the tables hold of objects at rest.
+func TestAnObjectTakesLessThan500BytesOfMemory(t *testing.T) {
+	const objects = 100_000
+	s := open(t, testConfig(t, t.TempDir(), 1<<40))
+	heap := func() uint64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	name := []byte("s3://host/bucket")
+	before := heap()
+	s.mu.Lock()
+	for n := range objects {
+		o := object.Object{Store: "s3://host/bucket", Key: fmt.Sprint(n), Version: "v", Size: 40 * chunk}
+		e := newEntry(o.ID(), newNonce(), o.Size)
+		e.store = s.internStore(name)
+		e.setPresent(0)
+		e.setVerified(0)
+		s.entries[e.Key] = e
+		s.restore(e)
+		s.setGrant(e, principal(1), 1)
+		s.setGrant(e, principal(2), 1)
+	}
+	s.mu.Unlock()
+	each := (heap() - before) / objects
+	t.Logf("%d bytes for each of %d objects", each, objects)
+	if each > 500 {
+		t.Errorf("%d bytes for each object", each)
+	}
+	s.mu.Lock()
+	for id, e := range s.entries { // they have no files: the checks of other tests are not for them
+		s.policy.Remove(&e.Node)
+		delete(s.entries, id)
+	}
+	s.cached, s.live = 0, 0
+	s.mu.Unlock()
+}
