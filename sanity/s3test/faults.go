@@ -3,9 +3,13 @@ package s3test
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"sync/atomic"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/s3"
 )
 
 // Times applies h to the first n requests of a kind and lets all others through.
@@ -68,15 +72,37 @@ func Stall(n int64) Hook {
 // SetHeader changes a header of the answer; the value "" takes it away.
 func SetHeader(name, value string) Hook {
 	return func(w http.ResponseWriter, r *http.Request, _ Request, next http.Handler) {
-		next.ServeHTTP(&headerWriter{ResponseWriter: w, name: name, value: value}, r)
+		next.ServeHTTP(&headerWriter{ResponseWriter: w, before: func() {
+			if value == "" {
+				w.Header().Del(name)
+			} else {
+				w.Header().Set(name, value)
+			}
+		}}, r)
 	}
 }
 
-// IgnoreRange makes the gateway answer a ranged GET with the whole object.
-func IgnoreRange() Hook {
+// IgnoreRange answers a ranged GET with the whole object, as a store does that knows no
+// ranges. It looks at no condition and no signature.
+func (s *Server) IgnoreRange() Hook {
+	return func(w http.ResponseWriter, r *http.Request, req Request, _ http.Handler) {
+		out, err := s.direct.GetObject(r.Context(), &s3.GetObjectInput{Bucket: &s.Bucket, Key: &req.Key})
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadGateway)
+			return
+		}
+		defer out.Body.Close()
+		w.Header().Set("ETag", aws.ToString(out.ETag))
+		w.Header().Set("Last-Modified", aws.ToTime(out.LastModified).UTC().Format(http.TimeFormat))
+		w.Header().Set("Content-Length", fmt.Sprint(aws.ToInt64(out.ContentLength)))
+		io.Copy(w, out.Body)
+	}
+}
+
+// Answered calls f when the gateway has answered, before the client learns of it.
+func Answered(f func()) Hook {
 	return func(w http.ResponseWriter, r *http.Request, _ Request, next http.Handler) {
-		r.Header.Del("Range")
-		next.ServeHTTP(w, r)
+		next.ServeHTTP(&headerWriter{ResponseWriter: w, before: f}, r)
 	}
 }
 
@@ -103,17 +129,14 @@ func (w *cutWriter) Write(p []byte) (int, error) {
 
 func (w *cutWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
+// headerWriter calls before when the answer's header is there and has not been sent.
 type headerWriter struct {
 	http.ResponseWriter
-	name, value string
+	before func()
 }
 
 func (w *headerWriter) WriteHeader(status int) {
-	if w.value == "" {
-		w.Header().Del(w.name)
-	} else {
-		w.Header().Set(w.name, w.value)
-	}
+	w.before()
 	w.ResponseWriter.WriteHeader(status)
 }
 

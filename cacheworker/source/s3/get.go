@@ -53,6 +53,9 @@ func (b *body) Read(p []byte) (int, error) {
 		if len(p) == 0 {
 			return 0, nil
 		}
+		if err := context.Cause(b.ctx); err != nil { // what has come already must not hide it
+			return 0, fmt.Errorf("get %q in %s: %w", b.obj.Key, b.src.where, err)
+		}
 		if b.rc == nil {
 			if err := b.resume(); err != nil {
 				b.end = err

@@ -191,8 +191,7 @@ func (c Config) credential() (aws.CredentialsProvider, object.Principal, error) 
 	switch {
 	case c.Ambient:
 		// Only the credential is taken from the environment, never an endpoint or a region.
-		found, err := config.LoadDefaultConfig(context.Background(), config.WithRegion(c.Region),
-			config.WithHTTPClient(&http.Client{Transport: c.Transport, Timeout: c.RequestTimeout}))
+		found, err := config.LoadDefaultConfig(context.Background(), config.WithRegion(c.Region))
 		if err != nil {
 			return nil, object.Principal{}, fmt.Errorf("find the worker's own credential: %w", err)
 		}
