@@ -90,7 +90,7 @@ func (st *stream) next(chunks int, maxWindow, maxGet int64) (from, to, get int) 
 		return 0, 0, 0
 	}
 	window := min(max(2*st.run, 2*object.ChunkSize), maxWindow)
-	get = int(min(max(window/8, object.ChunkSize), maxGet) / object.ChunkSize)
+	get = int(max(min(window/4, maxWindow/8, maxGet), object.ChunkSize) / object.ChunkSize)
 	from = max(st.ahead, chunkAt(st.end+object.ChunkSize-1))
 	to = min(chunks, chunkAt(st.end+window+object.ChunkSize-1))
 	if to-from < get && to < chunks {
