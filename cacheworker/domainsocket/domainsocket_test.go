@@ -390,12 +390,10 @@ func TestRestartIsNotNoticed(t *testing.T) {
 		t.Errorf("opened again: version %q", again.Version())
 	}
 	// local, byreply, and the new "changed"; that the lease of local was asked for again no read has waited for
-	for st := (shortcircuit.Status{}); st.Leases != 3; {
-		var err error
-		if st, err = c.Status(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-	}
+	eventually(t, func() bool {
+		st, err := c.Status(t.Context())
+		return err == nil && st.Leases == 3
+	})
 	if !bytes.Equal(readAll(t, local), data["local"]) {
 		t.Error("descriptor in hand, next worker: other bytes")
 	}
@@ -535,9 +533,11 @@ func TestSlowReaderKeepsNobodyWaiting(t *testing.T) {
 	v := newFolder(t)
 	v.incomplete.Store(true)
 	want := v.write(t, "a", 1<<20)
-	w := newWorker(t, Config{Volume: v})
+	v.write(t, "slow", 1<<20)
+	const held = 3 // replies
+	w := newWorker(t, Config{Volume: v, ReplyBytes: held * wire.MaxReply})
 	slow := rawDial(t, w)
-	slow.send(wire.Open, 1, append([]byte{0}, wire.AppendString(nil, "a")...))
+	slow.send(wire.Open, 1, append([]byte{0}, wire.AppendString(nil, "slow")...))
 	h, p := slow.receive()
 	lease := wire.NewDecoder(p).Opened().Lease
 	if h.Code != wire.CodeOK {
@@ -557,8 +557,14 @@ func TestSlowReaderKeepsNobodyWaiting(t *testing.T) {
 		f.Close()
 		v.released(t)
 	}
+	eventually(t, func() bool { return v.slowReads.Load() >= held }) // the socket has no room for one
+	if n := v.slowReads.Load(); n != held {
+		t.Errorf("%d replies in memory, %d allowed", n, held)
+	}
 	slow.c.Close()
-	v.released(t)
+	if p := v.released(t); p != "slow" {
+		t.Errorf("released %q", p)
+	}
 }
 
 func TestUnreadDescriptorsAreBounded(t *testing.T) {
@@ -572,19 +578,16 @@ func TestUnreadDescriptorsAreBounded(t *testing.T) {
 		for id := range uint64(n) {
 			r.send(wire.Open, id, append([]byte{0}, wire.AppendString(nil, "a")...))
 		}
-		for v.open.Load() < int32(n*(round+1)) { // each has been opened; to be sent they need not be read
-			time.Sleep(time.Millisecond)
-		}
-		r.send(wire.Release, n, wire.AppendUint64(nil, 0)) // its reply comes behind those that wait to be sent, or between
+		r.queued(n * (wire.HeaderLen + 28))
 		with := 0
-		for range n + 1 {
+		for range n {
 			h, _ := r.receive()
 			if h.Flags&wire.FlagDescriptor != 0 {
 				with++
 			}
 		}
-		if with == 0 || with > unreadFiles+5 {
-			t.Errorf("%d descriptors unread", with)
+		if with != unreadFiles {
+			t.Errorf("round %d: %d descriptors unread; want %d", round, with, unreadFiles)
 		}
 	}
 }
@@ -670,7 +673,8 @@ func TestRefusalsEndTheConnection(t *testing.T) {
 	noLeak(t)
 	v := newFolder(t)
 	v.hold, v.holding = make(chan struct{}), make(chan error, 4)
-	w := newWorker(t, Config{Volume: v, Hello: 50 * time.Millisecond})
+	w := newWorker(t, Config{Volume: v})
+	hasty := newWorker(t, Config{Volume: v, Hello: time.Millisecond})
 
 	c := must(net.Dial("unix", w.path))
 	defer c.Close()
@@ -678,7 +682,7 @@ func TestRefusalsEndTheConnection(t *testing.T) {
 	if b, _ := io.ReadAll(c); len(b) != 0 {
 		t.Errorf("HTTP is answered %q", b)
 	}
-	silent := must(net.Dial("unix", w.path))
+	silent := must(net.Dial("unix", hasty.path))
 	defer silent.Close()
 	if b, err := io.ReadAll(silent); len(b) != 0 || err != nil {
 		t.Errorf("silence is answered %q, %v", b, err)
@@ -853,4 +857,30 @@ func (r *raw) receive() (wire.Header, []byte) {
 		r.t.Fatal(err)
 	}
 	return wire.ParseHeader(b), p
+}
+
+// queued waits until n bytes wait to be read, for which the kernel has no event.
+func (r *raw) queued(n int) {
+	r.t.Helper()
+	sc, err := r.c.SyscallConn()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	eventually(r.t, func() bool {
+		got := 0
+		if cerr := sc.Control(func(fd uintptr) { got, err = unix.IoctlGetInt(int(fd), unix.SIOCINQ) }); cerr != nil || err != nil {
+			r.t.Fatal(cerr, err)
+		}
+		return got >= n
+	})
+}
+
+// eventually asks until the answer is yes.
+func eventually(t testing.TB, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(30 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("not within 30 s")
+		}
+	}
 }

@@ -35,7 +35,7 @@ import (
 // Volume is what a socket serves. Paths were checked: "" is the root of data/, else segments
 // parted by single slashes, none of them empty, ".", "..", over-long or with a NUL. Errors wrap the
 // sentinels of package object; their text is sent to the client, so it must name nothing outside the volume.
-// All methods are safe for concurrent use.
+// All methods are safe for concurrent use and return soon after their context has ended.
 type Volume interface {
 	Stat(ctx context.Context, path string) (Entry, error)
 

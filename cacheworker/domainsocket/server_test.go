@@ -24,7 +24,8 @@ type folder struct {
 	dir        string
 	incomplete atomic.Bool // no descriptors
 	open       atomic.Int32
-	closed     chan string // paths of files that the server closed
+	slowReads  atomic.Int32 // of the file "slow"
+	closed     chan string  // paths of files that the server closed
 
 	mu       sync.Mutex
 	versions map[string]string
@@ -164,6 +165,9 @@ func (f *folderFile) Object() object.Object {
 }
 
 func (f *folderFile) ReadAt(_ context.Context, p []byte, off int64) (int, error) {
+	if f.p == "slow" {
+		f.v.slowReads.Add(1)
+	}
 	if f.v.version(f.p) != f.e.Version {
 		return 0, object.ErrChanged
 	}

@@ -269,6 +269,9 @@ func (c *conn) call(ctx context.Context, t wire.Type, frame []byte) (reply, erro
 	id, err := c.send(t, frame, ch)
 	if err != nil {
 		<-c.slots
+		if r, ok := c.last(ch); ok { // there are servers that answer before they are asked
+			r.drop()
+		}
 		return reply{}, err
 	}
 	select {
@@ -277,15 +280,24 @@ func (c *conn) call(ctx context.Context, t wire.Type, frame []byte) (reply, erro
 		return checked(t, r)
 	case <-c.done:
 		<-c.slots
-		select {
-		case r := <-ch: // it came at the last moment
+		if r, ok := c.last(ch); ok {
 			return checked(t, r)
-		default:
-			return reply{}, errLost
 		}
+		return reply{}, errLost
 	case <-ctx.Done():
 		c.abandoned.Go(func() { c.abandon(t, id, ch) })
 		return reply{}, context.Cause(ctx)
+	}
+}
+
+// last waits for the end of the connection and gives the reply that came before it, if one did.
+func (c *conn) last(ch chan reply) (reply, bool) {
+	<-c.done
+	select {
+	case r := <-ch:
+		return r, true
+	default:
+		return reply{}, false
 	}
 }
 
@@ -311,9 +323,8 @@ func (c *conn) abandon(t wire.Type, id uint64, ch chan reply) {
 	select {
 	case r = <-ch:
 	case <-c.done:
-		select {
-		case r = <-ch:
-		default:
+		var ok bool
+		if r, ok = c.last(ch); !ok {
 			return
 		}
 	}
