@@ -153,15 +153,21 @@ func (r retryer) sdk() aws.Retryer {
 		o.MaxAttempts = r.attempts
 		o.RateLimiter = ratelimit.None
 		o.Backoff = retry.BackoffDelayerFunc(func(n int, _ error) (time.Duration, error) { return r.delay(n - 1), nil })
-		o.Retryables = append(o.Retryables, retry.IsErrorRetryableFunc(worthRetrying))
+		o.Retryables = append([]retry.IsErrorRetryable{retry.IsErrorRetryableFunc(refused)},
+			append(o.Retryables, retry.IsErrorRetryableFunc(worthRetrying))...)
 	})
+}
+
+// refused keeps the SDK from trying an address again that our dialer does not connect to.
+func refused(err error) aws.Ternary {
+	if errors.Is(err, object.ErrInvalid) {
+		return aws.FalseTernary
+	}
+	return aws.UnknownTernary
 }
 
 // worthRetrying adds what the SDK lets pass: broken bodies of lists and unlisted statuses.
 func worthRetrying(err error) aws.Ternary {
-	if errors.Is(err, object.ErrInvalid) {
-		return aws.FalseTernary
-	}
 	var resp *smithyhttp.ResponseError
 	if !errors.As(err, &resp) {
 		return aws.UnknownTernary
