@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -82,7 +81,12 @@ func (c *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 		return nil, err
 	}
 	v, err := c.volumes.CreateVolume(ctx, spec)
-	if err != nil {
+	switch {
+	case errors.Is(err, client.ErrExists):
+		return nil, fmt.Errorf("volume %s exists with other parameters, another capacity or on another node; delete it or use another name: %w", quote(req.GetName()), err)
+	case errors.Is(err, client.ErrExhausted):
+		return nil, fmt.Errorf("capacity_range: none of the nodes %v can keep %d bytes of its cache free for volume %s: %w", spec.Nodes, spec.CapacityBytes, quote(req.GetName()), err)
+	case err != nil:
 		return nil, fmt.Errorf("create volume %s: %w", quote(req.GetName()), err)
 	}
 	return &csi.CreateVolumeResponse{Volume: toCSI(v)}, nil
@@ -173,7 +177,7 @@ func (c *controller) get(ctx context.Context, id string) (client.Volume, error) 
 	}
 	v, err := c.volumes.Volume(ctx, id)
 	if err != nil && unknown(err) {
-		err = fmt.Errorf("volume %s: %w", quote(id), object.ErrNotFound)
+		err = fmt.Errorf("there is no volume %s: %w", quote(id), errUnknown)
 	}
 	return v, err
 }
@@ -215,8 +219,6 @@ func (c *controller) mismatch(v client.Volume, req *csi.ValidateVolumeCapabiliti
 	}
 	return ""
 }
-
-func text(err error) string { return strings.TrimSuffix(err.Error(), ": "+object.ErrInvalid.Error()) }
 
 func (c *controller) ListVolumes(ctx context.Context, req *csi.ListVolumesRequest) (*csi.ListVolumesResponse, error) {
 	vs, next, err := c.page(ctx, req.GetMaxEntries(), req.GetStartingToken())

@@ -71,9 +71,9 @@ func TestCreateIsIdempotentByName(t *testing.T) {
 		t.Errorf("%v and %v", one, two)
 	}
 	_, err = b.create(t, "n", func(r *csi.CreateVolumeRequest) { r.Parameters["source"] = "s3://other" })
-	wantCode(t, err, codes.AlreadyExists, "create volume")
+	wantCode(t, err, codes.AlreadyExists, "use another name")
 	_, err = b.create(t, "n", func(r *csi.CreateVolumeRequest) { r.CapacityRange.RequiredBytes = 2 << 30 })
-	wantCode(t, err, codes.AlreadyExists, "create volume")
+	wantCode(t, err, codes.AlreadyExists, "use another name")
 	long, err := b.create(t, strings.Repeat("ü", 64))
 	if err != nil || len(long.VolumeId) > 128 {
 		t.Errorf("a name of 128 bytes: %v, %v", long, err)
@@ -126,7 +126,7 @@ func TestOnlyBoundVolumesAreOnANode(t *testing.T) {
 		t.Errorf("bound to %v; want the preferred node-b", v.AccessibleTopology)
 	}
 	_, err = b.create(t, "big", bound, requirements(nil, []string{"node-b"}), func(r *csi.CreateVolumeRequest) { r.CapacityRange.RequiredBytes = 100 << 30 })
-	wantCode(t, err, codes.ResourceExhausted, "")
+	wantCode(t, err, codes.ResourceExhausted, "none of the nodes [node-b]")
 	big, err := b.create(t, "big", bound, func(r *csi.CreateVolumeRequest) { r.CapacityRange.RequiredBytes = 100 << 30 })
 	if err != nil || big.AccessibleTopology[0].Segments[TopologyKey] == "node-b" {
 		t.Errorf("where nothing is said: %v, %v; want a node with room", big, err)
@@ -285,6 +285,6 @@ func TestTheMastersErrorsHaveCodes(t *testing.T) {
 	} {
 		b.volumes.err = fmt.Errorf("master: %w", err)
 		_, got := b.create(t, "n")
-		wantCode(t, got, code, "create volume")
+		wantCode(t, got, code, `volume "n"`)
 	}
 }

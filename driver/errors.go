@@ -18,6 +18,7 @@ import (
 // What only this package decides.
 var (
 	errPrecondition = errors.New("failed precondition")
+	errUnknown      = errors.New("unknown volume")
 	errInProgress   = errors.New("an operation on it is in progress")
 	errNoParent     = errors.New("no such directory") // nothing can be mounted below it
 	errRange        = errors.New("out of range")
@@ -32,6 +33,7 @@ var errorCodes = []struct {
 	{context.Canceled, codes.Canceled},
 	{errPrecondition, codes.FailedPrecondition},
 	{errNoParent, codes.FailedPrecondition},
+	{errUnknown, codes.NotFound},
 	{errInProgress, codes.Aborted},
 	{errRange, codes.OutOfRange},
 	{object.ErrInvalid, codes.InvalidArgument},
@@ -58,10 +60,19 @@ func toStatus(err error) error {
 	}
 	for _, c := range errorCodes {
 		if errors.Is(err, c.err) {
-			return status.Error(c.code, strings.TrimSuffix(err.Error(), ": "+c.err.Error()))
+			return status.Error(c.code, text(err))
 		}
 	}
 	return status.Error(codes.Internal, err.Error())
+}
+
+// text leaves out sentinels that say no more than the code does.
+func text(err error) string {
+	s := err.Error()
+	for _, said := range []error{errPrecondition, errUnknown, errRange, errNoParent, object.ErrInvalid, object.ErrUnavailable} {
+		s = strings.TrimSuffix(s, ": "+said.Error())
+	}
+	return s
 }
 
 // inFlight refuses a second operation on the same volume or path while one is under way.

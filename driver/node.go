@@ -181,15 +181,20 @@ func (n *node) refresh(ctx context.Context, m brokerwire.Mount, c brokerwire.Cre
 }
 
 // replace is clear for calls that mount something then. A FUSE mount that the broker does
-// not hold may be one that a worker has yet to give back to it, with a pod on it: only once
-// all is up it counts as dead.
+// not hold may be one that the worker has yet to give back to it, with pods on it: it is
+// dead only if the worker has no such volume either.
 func (n *node) replace(ctx context.Context, v view, id, path string) error {
-	if v.dead(path) {
-		if err := n.ready(ctx); err != nil {
-			return fmt.Errorf("%s may be mounted still (%v); try again: %w", path, err, object.ErrUnavailable)
-		}
+	if !v.dead(path) {
+		return n.clear(ctx, v, id, path)
 	}
-	return n.clear(ctx, v, id, path)
+	_, err := n.stats.VolumeStats(ctx, id)
+	switch {
+	case errors.Is(err, object.ErrNotFound):
+		return n.clear(ctx, v, id, path)
+	case err != nil:
+		return fmt.Errorf("%s may be mounted still: %w", path, err)
+	}
+	return fmt.Errorf("the worker serves volume %s and has yet to give it back to the broker; try again: %w", quote(id), object.ErrUnavailable)
 }
 
 // clear takes away what earlier lives left at path: mounts of this volume, and FUSE mounts

@@ -430,12 +430,14 @@ func TestWhatDiedIsStagedAgainByTheNextPublish(t *testing.T) {
 	for _, name := range []string{"stage", "target"} {
 		deadFUSE(t, b.path(name))
 	}
-	b.ready = errors.New("no worker")
-	wantCode(t, b.publish(t, "target"), codes.Unavailable, "no worker") // a worker may yet give it back
+	wantCode(t, b.publish(t, "target"), codes.Unavailable, "yet to give it back")
+	wantCode(t, b.stage(t), codes.Unavailable, "yet to give it back")
+	b.stats.err = object.ErrUnavailable
+	wantCode(t, b.publish(t, "target"), codes.Unavailable, "may be mounted still")
 	if b.mountsOf("") != 2 {
 		t.Fatal("a mount was taken away that a worker may hold")
 	}
-	b.ready = nil
+	b.stats.err = fmt.Errorf("ask: %w", object.ErrNotFound)
 	must(t, b.publish(t, "target", func(r *csi.NodePublishVolumeRequest) { r.Secrets = secret("again") }))
 	if !exists(b.path("target/data/file")) || b.mountsOf("") != 2 || b.broker.credentials("v").AccessKeyID != "again" {
 		t.Errorf("mounts: %v", leak.Mounts(b.dir))

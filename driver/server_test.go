@@ -15,6 +15,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/master/client"
 )
 
 func TestTheIdentityIsOurs(t *testing.T) {
@@ -158,5 +160,25 @@ func TestVolumesArePrintedWithoutCredentials(t *testing.T) {
 	slog.New(slog.NewTextHandler(&out, nil)).Info("x", "request", q, "volume", q.Volume, "pointer", &q, "mount", brokerwire.Mount{Volume: q.Volume})
 	if strings.Contains(out.String(), "canary") {
 		t.Errorf("printed: %s", out.String())
+	}
+}
+
+func TestEverySentinelHasItsCode(t *testing.T) {
+	for err, want := range map[error]codes.Code{
+		object.ErrNotFound: codes.NotFound, object.ErrDenied: codes.PermissionDenied, object.ErrUnavailable: codes.Unavailable,
+		object.ErrBusy: codes.Unavailable, object.ErrInvalid: codes.InvalidArgument, brokerwire.ErrExists: codes.AlreadyExists,
+		context.DeadlineExceeded: codes.DeadlineExceeded, context.Canceled: codes.Canceled, object.ErrCorrupt: codes.Internal,
+		client.ErrBadToken: codes.Aborted, client.ErrExhausted: codes.ResourceExhausted, errNoParent: codes.FailedPrecondition,
+	} {
+		if got := status.Code(toStatus(fmt.Errorf("mount: %w", fmt.Errorf("open: %w", err)))); got != want {
+			t.Errorf("%v: %v; want %v", err, got, want)
+		}
+	}
+	if toStatus(nil) != nil {
+		t.Error("nil is an error")
+	}
+	inner := fmt.Errorf("callee: %w", status.Error(codes.NotFound, "its own"))
+	if got := status.Code(toStatus(inner)); got != codes.Internal {
+		t.Errorf("a callee's code leaks out as ours: %v", got)
 	}
 }

@@ -61,7 +61,7 @@ func (n *node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeSta
 		return nil, err
 	}
 	if !v.shows(id, req.GetVolumePath()) || req.GetStagingTargetPath() != "" && !v.shows(id, req.GetStagingTargetPath()) {
-		return nil, fmt.Errorf("volume_path: volume %s is not at %s: %w", quote(id), quote(req.GetVolumePath()), object.ErrNotFound)
+		return nil, fmt.Errorf("volume_path: volume %s is not at %s: %w", quote(id), quote(req.GetVolumePath()), errUnknown)
 	}
 	s, err := n.stats.VolumeStats(ctx, id)
 	if errors.Is(err, object.ErrNotFound) {
@@ -97,7 +97,7 @@ func (n *node) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVolumeHe
 	}
 	m, ok := v.volume(id)
 	if !ok {
-		return nil, fmt.Errorf("volume %s is not on this node: %w", quote(id), object.ErrNotFound)
+		return nil, fmt.Errorf("volume %s is not on this node: %w", quote(id), errUnknown)
 	}
 	h := &csi.VolumeHealth{VolumeId: id}
 	ill := func(status csi.VolumeHealthErrorType, reason, message string) {
