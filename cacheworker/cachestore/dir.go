@@ -174,7 +174,9 @@ func parseFileName(name string) (id object.ID, nonce uint64, ok bool) {
 	if len(name) != 49 || name[32] != '-' {
 		return id, 0, false
 	}
-	if _, err := hex.Decode(id[:], []byte(name[:32])); err != nil {
+	var digits [32]byte
+	copy(digits[:], name)
+	if _, err := hex.Decode(id[:], digits[:]); err != nil {
 		return id, 0, false
 	}
 	nonce, err := strconv.ParseUint(name[33:], 16, 64)

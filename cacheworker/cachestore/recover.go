@@ -16,7 +16,14 @@ import (
 
 // recover brings files and index together. It reports whether the last stop was unclean.
 func (s *Store) recover() (unclean bool, err error) {
-	if err := s.openAndLoad(); err != nil {
+	if err := errors.Join(s.dir.mkdir(objectsName), s.dir.mkdir(heldName)); err != nil {
+		return false, err
+	}
+	scanned := make(chan scan, 1)
+	go func() { scanned <- s.scan() }() // beside the index: both are long with a million objects
+	err = s.openAndLoad()
+	found := <-scanned
+	if err != nil {
 		if !indexIsLost(err) {
 			return false, fmt.Errorf("index: %w", err)
 		}
@@ -24,8 +31,9 @@ func (s *Store) recover() (unclean bool, err error) {
 		if err := s.startEmpty(); err != nil {
 			return false, err
 		}
+		found = s.scan()
 	}
-	if err := s.matchFiles(); err != nil {
+	if err := s.matchFiles(found); err != nil {
 		return false, errors.Join(err, s.index.close())
 	}
 	clean, err := s.index.get(metaClean)
@@ -79,6 +87,9 @@ func (s *Store) startEmpty() error {
 		if err := s.dir.removeAll(name); err != nil {
 			return err
 		}
+	}
+	if err := s.dir.mkdir(objectsName); err != nil {
+		return err
 	}
 	if err := s.openAndLoad(); err != nil {
 		return fmt.Errorf("new index: %w", err)
@@ -205,31 +216,50 @@ func (s *Store) loadChunk(e *entry, key, v []byte) {
 	}
 }
 
-// matchFiles removes files without an entry and entries without a file, and counts what is left.
-func (s *Store) matchFiles() error {
-	for _, name := range []string{objectsName, heldName} {
-		if err := s.dir.mkdir(name); err != nil {
-			return err
-		}
-	}
+// scan is what lies in the folders of cache files.
+type scan struct {
+	files     []heldKey
+	strangers []string // paths of files that are none
+	err       error
+}
+
+func (s *Store) scan() (found scan) {
 	for shard := range 256 {
 		folder := fmt.Sprintf("%s/%02x", objectsName, shard)
-		if err := s.dir.mkdir(folder); err != nil {
-			return err
-		}
 		names, err := s.dir.names(folder)
+		if errors.Is(err, fs.ErrNotExist) {
+			err = s.dir.mkdir(folder)
+		}
 		if err != nil {
-			return err
+			found.err = err
+			return found
 		}
 		for _, name := range names {
-			id, nonce, ok := parseFileName(name)
-			if e := s.entries[id]; ok && e != nil && e.nonce == nonce {
-				e.seen = true
-				continue
+			if id, nonce, ok := parseFileName(name); ok && int(id[0]) == shard {
+				found.files = append(found.files, heldKey{id, nonce})
+			} else {
+				found.strangers = append(found.strangers, folder+"/"+name)
 			}
-			if err := s.dir.unlink(folder + "/" + name); err != nil {
-				return err
-			}
+		}
+	}
+	return found
+}
+
+// matchFiles removes files without an entry and entries without a file, and counts what is left.
+func (s *Store) matchFiles(found scan) error {
+	if found.err != nil {
+		return found.err
+	}
+	for _, f := range found.files {
+		if e := s.entries[f.id]; e != nil && e.nonce == f.nonce {
+			e.seen = true
+		} else {
+			found.strangers = append(found.strangers, objectPath(f.id, f.nonce))
+		}
+	}
+	for _, name := range found.strangers {
+		if err := s.dir.unlink(name); err != nil {
+			return err
 		}
 	}
 	for id, e := range s.entries {
