@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -66,15 +67,18 @@ func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 	if err := os.Chmod(short, mode.Perm()); err != nil { // the umask may have cut it
 		return nil, errors.Join(err, l.Close())
 	}
-	return socket{l, path}, nil
+	return &socket{Listener: l, path: path}, nil
 }
 
-// socket removes its file when it is closed.
+// socket removes its file when it is closed, once: later there may be another master's.
 type socket struct {
 	net.Listener
 	path string
+	once sync.Once
 }
 
-func (s socket) Close() error {
-	return errors.Join(os.Remove(s.path), s.Listener.Close())
+func (s *socket) Close() error {
+	var err error
+	s.once.Do(func() { err = os.Remove(s.path) })
+	return errors.Join(err, s.Listener.Close())
 }

@@ -36,7 +36,7 @@ type running struct {
 }
 
 // stop ends the master and returns what Run returned.
-func (r *running) stop(t *testing.T) {
+func (r *running) stop(t testing.TB) {
 	t.Helper()
 	r.cancel()
 	if err, ok := <-r.done; ok && err != nil {
@@ -44,7 +44,7 @@ func (r *running) stop(t *testing.T) {
 	}
 }
 
-func start(t *testing.T, cfg master.Config) *running {
+func start(t testing.TB, cfg master.Config) *running {
 	t.Helper()
 	if cfg.Dir == "" && len(cfg.EtcdEndpoints) == 0 {
 		cfg.Dir = filepath.Join(t.TempDir(), "master")
@@ -72,7 +72,7 @@ func start(t *testing.T, cfg master.Config) *running {
 	return r
 }
 
-func dial(t *testing.T, target string) *client.Client {
+func dial(t testing.TB, target string) *client.Client {
 	t.Helper()
 	c, err := client.New(client.Config{Target: target})
 	if err != nil {
@@ -111,12 +111,13 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-// register keeps a worker registered until the test ends.
-func register(t *testing.T, c *client.Client, regs ...client.Registration) {
+// register keeps workers registered until the test ends or stop is called.
+func register(t *testing.T, c *client.Client, regs ...client.Registration) (stop func()) {
 	t.Helper()
 	var wg sync.WaitGroup
 	ctx, cancel := context.WithCancel(t.Context())
-	t.Cleanup(func() { cancel(); wg.Wait() })
+	stop = func() { cancel(); wg.Wait() }
+	t.Cleanup(stop)
 	for _, reg := range regs {
 		wg.Go(func() {
 			if err := c.Run(ctx, func() client.Report { return client.Report{Registration: reg} }, 50*time.Millisecond); err != nil {
@@ -137,6 +138,7 @@ func register(t *testing.T, c *client.Client, regs ...client.Registration) {
 		}
 		return err == nil
 	})
+	return stop
 }
 
 func worker(node string, capacity int64, ps ...client.Published) client.Registration {
@@ -348,7 +350,8 @@ func TestAnEmptyMasterIsToldEverythingByItsWorkers(t *testing.T) {
 	sock := "unix://" + filepath.Join(t.TempDir(), "s")
 	first := start(t, master.Config{Listen: sock})
 	ctx := t.Context()
-	register(t, first.Client, worker("n0", 1000), worker("n1", 1000))
+	register(t, first.Client, worker("n0", 1000))
+	stop := register(t, first.Client, worker("n1", 1000))
 	shared, err := first.CreateVolume(ctx, client.VolumeSpec{Name: "shared", Parameters: params("source", "s3://b/p"), CapacityBytes: 5})
 	if err != nil {
 		t.Fatal(err)
@@ -359,6 +362,7 @@ func TestAnEmptyMasterIsToldEverythingByItsWorkers(t *testing.T) {
 	}
 	anon := client.Volume{ID: record.VolumeID("anon"), Parameters: params("source", "s3://b/q")} // the node knows no name
 	inline := client.Volume{ID: "csi-0123", Parameters: params("source", "s3://b/r")}
+	stop() // or two workers would take the node from each other for ever
 	register(t, first.Client, worker("n1", 1000,
 		client.Published{Volume: shared}, client.Published{Volume: bound}, client.Published{Volume: anon}, client.Published{Volume: inline, Inline: true}))
 
@@ -446,15 +450,17 @@ func TestAWorkerIsGoneWhenItsLeaseEnds(t *testing.T) {
 
 func TestTheLastWorkerToRegisterIsTheNodes(t *testing.T) {
 	m := start(t, master.Config{})
-	register(t, m.Client, worker("n1", 10))
+	stop := register(t, m.Client, worker("n1", 10))
+	stop()
 	second := worker("n1", 20) // the cache directory was wiped: another uuid
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	go m.Run(ctx, func() client.Report { return client.Report{Registration: second} }, time.Hour)
+	register(t, m.Client, second)
 	eventually(t, "replaced", func() bool {
-		ws, err := m.Workers(ctx)
-		return err == nil && len(ws) == 1 && ws[0].UUID == second.UUID
+		ws, err := m.Workers(t.Context())
+		return err == nil && len(ws) == 1 && ws[0].UUID == second.UUID && ws[0].CapacityBytes == 20
 	})
+	if !strings.Contains(m.log.String(), "another worker took over the node") {
+		t.Error("not logged")
+	}
 }
 
 func TestMountsAreKeptByPath(t *testing.T) {
@@ -680,5 +686,33 @@ func TestCloseOrderLetsCallsInFlightEnd(t *testing.T) {
 	wg.Wait()
 	if log := m.log.String(); strings.Contains(log, "level=ERROR") {
 		t.Errorf("log: %s", log)
+	}
+}
+
+func BenchmarkFreshMasterUntilReady(b *testing.B) {
+	for b.Loop() {
+		start(b, master.Config{}).stop(b)
+	}
+}
+
+func BenchmarkRestartWith1000VolumesUntilReady(b *testing.B) {
+	m := start(b, master.Config{})
+	for i := range 1000 {
+		if _, err := m.CreateVolume(b.Context(), client.VolumeSpec{Name: fmt.Sprint(i), Parameters: params("source", "s3://bucket/prefix")}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for b.Loop() {
+		m.stop(b)
+		m = start(b, m.cfg)
+	}
+}
+
+func BenchmarkCreateVolumeUntilDurable(b *testing.B) {
+	m := start(b, master.Config{})
+	for i := 0; b.Loop(); i++ {
+		if _, err := m.CreateVolume(b.Context(), client.VolumeSpec{Name: fmt.Sprint(i)}); err != nil {
+			b.Fatal(err)
+		}
 	}
 }

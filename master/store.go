@@ -131,7 +131,7 @@ func (s *store) start(ctx context.Context, ec *embed.Config) error {
 // smallSegments makes etcd's log grow by 8 MiB, not 64 MB, at a time. etcd has no option for it.
 var smallSegments = sync.OnceFunc(func() { wal.SegmentSizeBytes = 8 << 20 })
 
-// embeddedConfig is for a single member: it elects itself at once, so its ticks are short, and
+// embeddedConfig is for a single member: it elects itself, so its ticks are short, and
 // keeps little history. fsync stays on.
 func embeddedConfig(dir string) *embed.Config {
 	smallSegments()
@@ -141,7 +141,7 @@ func embeddedConfig(dir string) *embed.Config {
 	c.InitialCluster = c.InitialClusterFromName(c.Name)
 	c.ListenPeerUrls, c.ListenClientUrls, c.AdvertiseClientUrls = nil, nil, nil
 	c.AuthToken = "" // nobody logs in
-	c.TickMs, c.ElectionMs = 20, 100
+	c.TickMs, c.ElectionMs = 50, 250 // ready in 0.2 s, idle at 0.7 % of a core; 20, 100: 0.13 s and 1.5 %
 	c.AutoCompactionMode, c.AutoCompactionRetention = embed.CompactorModeRevision, "1000"
 	c.SnapshotCount, c.SnapshotCatchUpEntries = 2000, 100
 	c.MaxSnapFiles, c.MaxWalFiles = 2, 2
