@@ -9,12 +9,8 @@ import (
 	"testing"
 
 	"github.com/larderfs/larder/sanity/csisanity"
-	"github.com/larderfs/larder/sanity/leak"
 	"github.com/larderfs/larder/sanity/s3test"
-	"github.com/larderfs/larder/sanity/stack"
 )
-
-func TestMain(m *testing.M) { os.Exit(leak.Run(m)) }
 
 // The community's conformance suite over a folder and over a bucket, and what it was given
 // as a Secret is nowhere to be found afterwards.
@@ -30,15 +26,7 @@ func TestCSISanity(t *testing.T) {
 	if _, err := store.Put("dataset/file", []byte("hello")); err != nil {
 		t.Fatal(err)
 	}
-	larder, err := stack.Start(t.Context(), stack.Config{Args: []string{"--file-root", folder}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := larder.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	larder := up(t, "--file-root", folder)
 	csisanity.Run(t,
 		csisanity.Leg{Name: "file", Socket: larder.Socket(), Parameters: map[string]string{"source": "file://" + folder}},
 		csisanity.Leg{
@@ -51,9 +39,5 @@ func TestCSISanity(t *testing.T) {
 	)
 	if log, err := os.ReadFile(larder.Log()); err != nil || bytes.Contains(log, []byte(store.SecretKey)) {
 		t.Errorf("the log tells the secret key, or is not there: %v", err)
-	}
-	if t.Failed() {
-		log, _ := os.ReadFile(larder.Log())
-		t.Logf("%s", log[max(0, len(log)-8<<10):])
 	}
 }

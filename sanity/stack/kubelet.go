@@ -302,12 +302,24 @@ func (k *Kubelet) DeleteVolume(ctx context.Context, v *Volume) error {
 	return nil
 }
 
-// WaitReady asks Probe until it says that a volume can be published.
+// WaitReady asks Probe until controller and node service say that a volume can be published.
 func (k *Kubelet) WaitReady(ctx context.Context) error {
-	conn, err := k.dial(&k.nod, k.node)
-	if err != nil {
-		return err
+	for _, to := range []struct {
+		slot   **grpc.ClientConn
+		socket string
+	}{{&k.nod, k.node}, {&k.ctl, k.controller}} {
+		conn, err := k.dial(to.slot, to.socket)
+		if err == nil {
+			err = waitReady(ctx, conn)
+		}
+		if err != nil {
+			return err
+		}
 	}
+	return nil
+}
+
+func waitReady(ctx context.Context, conn *grpc.ClientConn) error {
 	for {
 		r, err := csi.NewIdentityClient(conn).Probe(ctx, &csi.ProbeRequest{}, grpc.WaitForReady(true))
 		if err == nil && (r.GetReady() == nil || r.GetReady().GetValue()) {

@@ -3,6 +3,7 @@ package stack
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,7 +13,26 @@ import (
 	"github.com/larderfs/larder/sanity/leak"
 )
 
-func TestMain(m *testing.M) { os.Exit(leak.Run(m)) }
+func TestMain(m *testing.M) { os.Exit(leak.Run(withLarder{m})) }
+
+// larder is built once for all tests.
+var larder string
+
+type withLarder struct{ m *testing.M }
+
+func (w withLarder) Run() int {
+	dir, err := os.MkdirTemp("", "bin")
+	if err == nil {
+		defer os.RemoveAll(dir)
+		larder = filepath.Join(dir, "larder")
+		err = Build(context.Background(), larder)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return w.m.Run()
+}
 
 // begin starts a stack with a folder to publish, which holds one file.
 func begin(t *testing.T) (s *Stack, in PublishInput) {
@@ -21,7 +41,7 @@ func begin(t *testing.T) (s *Stack, in PublishInput) {
 	if err := os.WriteFile(filepath.Join(data, "f"), []byte("hello"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	s, err := Start(t.Context(), Config{Args: []string{"--file-root", data}})
+	s, err := Start(t.Context(), Config{Binary: larder, Args: []string{"--file-root", data}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -123,7 +143,7 @@ func TestCloseCleansUpAfterAKilledLarder(t *testing.T) {
 
 func TestStartSaysWhatLarderSaid(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "s")
-	_, err := Start(t.Context(), Config{Dir: dir, Args: []string{"--no-such-flag"}})
+	_, err := Start(t.Context(), Config{Dir: dir, Binary: larder, Args: []string{"--no-such-flag"}})
 	if err == nil || !strings.Contains(err.Error(), "no-such-flag") {
 		t.Errorf("Start = %v, want larder's own words", err)
 	}
