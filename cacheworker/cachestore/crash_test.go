@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/larderfs/larder/cacheworker/object"
@@ -86,7 +87,11 @@ type chunkName struct{ object, chunk int }
 // killVictim runs one, kills it after so many puts, and returns what it had put.
 func killVictim(t *testing.T, dir string, capacity int64, seed uint64, puts int) map[chunkName]bool {
 	t.Helper()
-	cmd := exec.Command(os.Args[0])
+	return killCommand(t, exec.Command(os.Args[0]), dir, capacity, seed, puts)
+}
+
+func killCommand(t *testing.T, cmd *exec.Cmd, dir string, capacity int64, seed uint64, puts int) map[chunkName]bool {
+	t.Helper()
 	cmd.Env = append(os.Environ(), "CACHESTORE_VICTIM="+dir,
 		fmt.Sprint("CACHESTORE_CAPACITY=", capacity), fmt.Sprint("CACHESTORE_SEED=", seed))
 	cmd.Stderr = t.Output()
@@ -218,7 +223,7 @@ func TestAPowerCutServesNoWrongByte(t *testing.T) {
 	seed := rand.Uint64()
 	r := rand.New(rand.NewPCG(seed, 0))
 	kept, lost := 0, int64(0)
-	for round := range 8 {
+	for round := range 6 {
 		dir := t.TempDir()
 		done := killVictim(t, dir, capacity, r.Uint64(), 60+r.IntN(60))
 		tear(t, r, dir)
@@ -291,5 +296,46 @@ func tear(t *testing.T, r *rand.Rand, dir string) {
 		if err := errors.Join(err, f.Close()); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestAWorkerNeedsNoRightsOutsideItsDirectory runs as nobody, below a folder that it may not enter.
+func TestAWorkerNeedsNoRightsOutsideItsDirectory(t *testing.T) {
+	const nobody, capacity = 65534, 20 * chunk
+	closed := t.TempDir() + "/closed"
+	tier := closed + "/tier"
+	if err := errors.Join(os.Mkdir(closed, 0o700), os.Mkdir(tier, 0o700), os.Chown(tier, nobody, nobody)); err != nil {
+		t.Fatal(err)
+	}
+	d, err := os.Open(tier)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	bin, err := os.MkdirTemp("", "cachestore-test-") // where nobody may run it
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(bin)
+	program := bin + "/victim"
+	b, err := os.ReadFile(os.Args[0])
+	if err := errors.Join(err, os.Chmod(bin, 0o755), os.WriteFile(program, b, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	run := func(seed uint64) {
+		cmd := exec.Command(program)
+		cmd.Dir = "/"
+		cmd.ExtraFiles = []*os.File{d}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+		killCommand(t, cmd, "/proc/self/fd/3", capacity, seed, 100)
+	}
+	run(1)
+	run(2) // opens again what it made
+	if used, err := os.Stat(tier + "/" + uuidName); err != nil || used.Sys().(*syscall.Stat_t).Uid != nobody {
+		t.Errorf("%v, %v", used, err)
+	}
+	s := open(t, testConfig(t, tier, capacity))
+	if have := verifyAll(t, s); len(have) < 5 {
+		t.Errorf("%d chunks", len(have))
 	}
 }

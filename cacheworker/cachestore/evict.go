@@ -220,7 +220,9 @@ func (s *Store) unlinkUnheld(k heldKey, name string) bool {
 		return false
 	}
 	if err != nil { // a file system without leases: nothing can be known
-		s.log.Debug("no write lease", "err", err)
+		s.noLeases.Do(func() {
+			s.log.Warn("the file system has no leases: bytes of evicted files that somebody holds are not counted", "err", err)
+		})
 	}
 	if err := s.dir.unlink(name); err != nil {
 		s.log.Error("unlink cache file", "object", k.id, "err", err)

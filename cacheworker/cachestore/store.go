@@ -69,6 +69,8 @@ type Store struct {
 	counters
 	fullLogged atomic.Bool // since the last Put that succeeded
 
+	noLeases sync.Once
+
 	evicting sync.Mutex // one eviction or probe at a time; held across its file I/O, taken before mu
 
 	mu         sync.Mutex // guards the fields below; never held across file I/O

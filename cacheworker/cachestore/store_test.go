@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -21,14 +22,20 @@ func obj(key string, size int64) object.Object {
 	return object.Object{Store: "s3://host/bucket", Key: key, Version: "v1", Size: size, ModTime: time.Unix(1700000000, 0)}
 }
 
-// content is chunk i of an object: other bytes for every object and chunk.
+var contents sync.Map // what content made, because making it is most of these tests' time
+
+// content is chunk i of an object: other bytes for every object and chunk. Not to be changed.
 func content(o object.Object, i int) []byte {
 	id := o.ID()
 	var seed [32]byte
 	copy(seed[:], id[:])
 	seed[31], seed[30] = byte(i), byte(i>>8)
+	if b, ok := contents.Load(seed); ok {
+		return b.([]byte)
+	}
 	b := make([]byte, o.ChunkLen(i))
 	rand.NewChaCha8(seed).Read(b)
+	contents.Store(seed, b)
 	return b
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -31,7 +32,7 @@ func TestAViewCannotBeOpenedAgainForWriting(t *testing.T) {
 	}
 	defer v.Close()
 	got, err := io.ReadAll(v)
-	if err != nil || !bytes.Equal(got, append(content(o, 0), content(o, 1)...)) {
+	if err != nil || !bytes.Equal(got, slices.Concat(content(o, 0), content(o, 1))) {
 		t.Errorf("%d bytes, %v", len(got), err)
 	}
 	again := dir{v}.path()
