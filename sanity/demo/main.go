@@ -107,6 +107,7 @@ type demo struct {
 	sales  dataset.Files
 	golang dataset.Files
 	rows   result.Rows
+	direct int64 // files that the domain socket gave a descriptor for
 }
 
 const prefix = "datasets/shop"

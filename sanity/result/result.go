@@ -13,7 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"text/tabwriter"
+	"unicode/utf8"
 )
 
 // Row is one measurement.
@@ -84,39 +84,58 @@ type Axis struct{ Key, Title string }
 // Table prints the rows named "column/line", one cell each: the value, and behind it the
 // ratio where the reference is another row. What was not measured is a dash.
 func (rs Rows) Table(w io.Writer, lines, columns []Axis) error {
-	tw := tabwriter.NewWriter(w, 0, 0, 1, ' ', tabwriter.AlignRight)
+	cells := [][]string{{""}, {""}} // by line; the first two are the head
 	for _, c := range columns {
-		fmt.Fprintf(tw, "\t%s\t", c.Title)
+		cells[0] = append(cells[0], c.Title)
+		cells[1] = append(cells[1], rs.unit(c.Key))
 	}
-	fmt.Fprintln(tw, "\t")
 	for _, l := range lines {
-		// Columns are aligned to the right; the first one is padded to look left-aligned.
-		fmt.Fprint(tw, pad(l.Title, lines))
+		line := []string{l.Title}
 		for _, c := range columns {
-			value, ratio := rs.cell(c.Key + "/" + l.Key)
-			fmt.Fprintf(tw, "\t%s\t%s", value, ratio)
+			line = append(line, rs.cell(c.Key+"/"+l.Key))
 		}
-		fmt.Fprintln(tw, "\t")
+		cells = append(cells, line)
 	}
-	return tw.Flush()
+	width := make([]int, 1+len(columns))
+	for _, line := range cells {
+		for i, cell := range line {
+			width[i] = max(width[i], utf8.RuneCountInString(cell))
+		}
+	}
+	for _, line := range cells {
+		text := fmt.Sprintf("%-*s", width[0], line[0])
+		for i, cell := range line[1:] {
+			text += fmt.Sprintf("   %*s", width[i+1], cell)
+		}
+		if _, err := fmt.Fprintln(w, strings.TrimRight(text, " ")); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-func pad(title string, lines []Axis) string {
-	width := 0
-	for _, l := range lines {
-		width = max(width, len([]rune(l.Title)))
+// unit is that of a column, padded as its cells are.
+func (rs Rows) unit(column string) string {
+	for _, r := range rs {
+		if strings.HasPrefix(r.Name, column+"/") {
+			return r.Unit + padding
+		}
 	}
-	return title + strings.Repeat(" ", width-len([]rune(title)))
+	return ""
 }
 
-func (rs Rows) cell(name string) (value, ratio string) {
+// padding is as wide as a ratio.
+const padding = "        "
+
+func (rs Rows) cell(name string) string {
 	r, ok := rs.Find(name)
-	if !ok {
-		return "–", ""
+	switch {
+	case !ok:
+		return "–" + padding
+	case r.Reference == r.Name:
+		return fmt.Sprintf("%.0f", r.Value) + padding
+	case r.Ratio < 0.095:
+		return fmt.Sprintf("%.0f %6.2g×", r.Value, r.Ratio)
 	}
-	value = fmt.Sprintf("%.0f %s", r.Value, r.Unit)
-	if r.Reference != r.Name {
-		ratio = fmt.Sprintf("%.2f×", r.Ratio)
-	}
-	return value, ratio
+	return fmt.Sprintf("%.0f %6.2f×", r.Value, r.Ratio)
 }

@@ -57,8 +57,14 @@ func TestFileHasTheFiveKeysAndTheTableTheSameRows(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	words := strings.Join(strings.Fields(table.String()), " ")
-	if want := "sequential native file 1000 MiB/s warm volume 930 MiB/s 0.93× cold –"; words != want {
-		t.Errorf("got %q, want %q", words, want)
+	want := `
+                 sequential
+              MiB/s
+native file    1000
+warm volume     930   0.93×
+cold              –
+`
+	if got := "\n" + table.String(); got != want {
+		t.Errorf("got %s\nwant %s", got, want)
 	}
 }
