@@ -2,6 +2,22 @@
 // benchmarks: built from the nested module gateway, started on a free loopback port, and
 // gone with the process that started it.
 //
+// What versitygw 1.8 does otherwise than S3, as far as we met it:
+//
+//   - Keys are paths. "a" and "a/b" cannot both be objects; "a//b" is stored as "a/b",
+//     "a/../b" as "b"; segments of more than 255 bytes are refused.
+//   - A folder made by hand is listed as a common prefix even when nothing is in it.
+//   - A GET reads the etag by the path and then opens the path: a PUT between the two makes it
+//     send the next version's bytes, and their Last-Modified, under the etag of this one.
+//   - An overwriting PUT is visible in a LIST as ".name.sgwtmp.N" for a moment.
+//   - A file put into its folder by hand has no ETag; an object changed by hand keeps its own.
+//   - If-Unmodified-Since is compared with the file's nanoseconds, and must lie behind them:
+//     what a store said in Last-Modified is refused.
+//   - encoding-type=url is ignored, so keys with control characters are listed as others.
+//   - A LIST behind "dir/…" does not show the common prefix "dir/" again; S3 does. Behind
+//     "dir/\U0010FFFF" both go on with what follows the folder.
+//   - Connections are closed after each answer unless it is started with --keep-alive, as here.
+//
 // Requests to [Server.Endpoint] pass a proxy in this process, which counts them, says whose
 // they were, and lets a [Hook] hold, refuse or spoil them; [Server.DirectEndpoint] is the
 // gateway itself, for throughput and for requests that nobody should count.

@@ -17,7 +17,19 @@ import (
 
 	"github.com/aws/aws-sdk-go-v2/service/s3"
 	"github.com/aws/smithy-go"
+
+	"github.com/larderfs/larder/sanity/leak"
 )
+
+func TestMain(m *testing.M) {
+	if isChild() {
+		os.Exit(m.Run()) // of a test that looks after it
+	}
+	os.Exit(leak.Run(m))
+}
+
+// isChild tells the process that TestGatewayDiesWithTheProcess starts.
+func isChild() bool { return os.Args[len(os.Args)-1] == "child" }
 
 func get(t *testing.T, s *Server, access, secret, key string) ([]byte, error) {
 	t.Helper()
@@ -134,7 +146,7 @@ func TestHookHoldsARequestUntilLetGo(t *testing.T) {
 // binary, told by its argument to start a server and print the gateway's pid.
 func TestGatewayDiesWithTheProcess(t *testing.T) {
 	child := exec.Command(os.Args[0], "-test.run=^TestGatewayDiesWithTheProcess$", "-test.v", "--", "child")
-	if len(os.Args) > 1 && os.Args[len(os.Args)-1] == "child" {
+	if isChild() {
 		s := Start(t)
 		fmt.Println("pid", s.PID(), s.removals[0])
 		<-make(chan struct{})

@@ -17,7 +17,10 @@ import (
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/cacheworker/source"
 	"github.com/larderfs/larder/cacheworker/source/sourcetest"
+	"github.com/larderfs/larder/sanity/leak"
 )
+
+func TestMain(m *testing.M) { os.Exit(leak.Run(m)) }
 
 func open(t *testing.T, root string) *Source {
 	t.Helper()

@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/larderfs/larder/cacheworker/object"
@@ -283,29 +284,44 @@ func TestUnreachableStoreIsUnavailable(t *testing.T) {
 	}
 }
 
-func TestBodyThatNobodyReadsDoesNotTimeOut(t *testing.T) {
-	f := newFixture(t, func(c *Config) { c.IdleTimeout, c.RequestTimeout = 50*time.Millisecond, 2*time.Second })
-	r, err := f.src.Get(t.Context(), f.obj, 0, f.obj.Size)
-	if err != nil {
-		t.Fatal(err)
+// trickle yields one byte each interval, and nothing once its context has ended.
+type trickle struct {
+	ctx      context.Context
+	interval time.Duration
+}
+
+func (b *trickle) Read(p []byte) (int, error) {
+	select {
+	case <-time.After(b.interval):
+		return copy(p, "x"), nil
+	case <-b.ctx.Done():
+		return 0, b.ctx.Err()
 	}
-	defer r.Close()
-	var got []byte
-	for range 3 {
-		p := make([]byte, 1000)
-		if _, err := io.ReadFull(r, p); err != nil {
-			t.Fatal(err)
+}
+
+func (b *trickle) Close() error { return nil }
+
+func TestBodyTimesOutOnlyWhileSomebodyWaitsForIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		slow := &trickle{ctx, 9 * time.Second}
+		b := &timedBody{ReadCloser: slow, ctx: ctx, cancel: cancel, idle: 10 * time.Second}
+		for range 3 {
+			if n, err := b.Read(make([]byte, 10)); n != 1 || err != nil {
+				t.Errorf("slow, but not idle: %d, %v", n, err)
+			}
+			time.Sleep(time.Hour) // the reader is busy with something else
 		}
-		got = append(got, p...)
-		<-time.After(100 * time.Millisecond) // the time that must not matter
-	}
-	rest, err := io.ReadAll(r)
-	if err != nil || !bytes.Equal(append(got, rest...), f.data) {
-		t.Errorf("%d bytes, %v", len(got)+len(rest), err)
-	}
-	if c := f.srv.Counts(); c.Get != 1 {
-		t.Errorf("%d requests", c.Get)
-	}
+		slow.interval = 11 * time.Second
+		start := time.Now()
+		var timeout timeoutError
+		if n, err := b.Read(make([]byte, 10)); n != 0 || !errors.As(err, &timeout) || time.Since(start) != 10*time.Second {
+			t.Errorf("idle: %d, %v after %v", n, err, time.Since(start))
+		}
+		if err := b.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // An answer for a young object may mix versions (see young); one for an old object cannot,

@@ -1,13 +1,17 @@
 package s3
 
 import (
+	"os"
 	"testing"
 	"time"
 
 	"github.com/larderfs/larder/cacheworker/source"
 	"github.com/larderfs/larder/cacheworker/source/sourcetest"
+	"github.com/larderfs/larder/sanity/leak"
 	"github.com/larderfs/larder/sanity/s3test"
 )
+
+func TestMain(m *testing.M) { os.Exit(leak.Run(m)) }
 
 func open(t *testing.T, srv *s3test.Server, change func(*Config)) *Source {
 	t.Helper()
