@@ -3,6 +3,8 @@ package cacheworker
 import (
 	"fmt"
 	"net/http"
+	"net/netip"
+	"net/url"
 	"sync"
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
@@ -15,19 +17,50 @@ import (
 // sources opens under stores. Sources with the same store and credential are one, however
 // many volumes read through them.
 type sources struct {
-	cfg       Config
-	nodeKey   []byte
-	transport http.RoundTripper
-	observer  source.Observer
+	cfg      Config
+	nodeKey  []byte
+	observer source.Observer
 
-	mu   sync.Mutex // guards the fields below; held while opening, which asks no store
-	s3s  map[s3Key]source.Source
-	root source.Source
+	mu         sync.Mutex // guards the fields below; held while opening, which asks no store
+	s3s        map[s3Key]source.Source
+	transports map[refusals]http.RoundTripper
+	root       source.Source
+}
+
+// transport is for an administrator's volume, or for one whose attributes a user wrote: that
+// reaches no link-local address, and a loopback one only where the administrator's list
+// names it literally (DESIGN §5.10).
+func (s *sources) transport(v brokerwire.Volume) http.RoundTripper {
+	var cfg refusals
+	if v.Inline {
+		cfg = refusals{linkLocal: true, loopback: !loopbackHost(v.Endpoint)}
+	}
+	if t := s.transports[cfg]; t != nil {
+		return t
+	}
+	t := s3.NewTransport(s3.TransportConfig{RefuseLinkLocal: cfg.linkLocal, RefuseLoopback: cfg.loopback})
+	if s.transports == nil {
+		s.transports = map[refusals]http.RoundTripper{}
+	}
+	s.transports[cfg] = t
+	return t
+}
+
+type refusals struct{ linkLocal, loopback bool }
+
+func loopbackHost(endpoint string) bool {
+	u, err := url.Parse(endpoint)
+	if err != nil {
+		return false
+	}
+	a, err := netip.ParseAddr(u.Hostname())
+	return u.Hostname() == "localhost" || err == nil && a.Unmap().IsLoopback()
 }
 
 type s3Key struct {
 	bucket, endpoint, region string
 	pathStyle, ambient       bool
+	inline                   bool
 	credentials              brokerwire.Credentials
 }
 
@@ -35,7 +68,7 @@ type s3Key struct {
 func (s *sources) S3(bucket string, v brokerwire.Volume, ambient bool) (source.Source, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	k := s3Key{bucket, v.Endpoint, v.Region, v.PathStyle, ambient, v.Credentials}
+	k := s3Key{bucket, v.Endpoint, v.Region, v.PathStyle, ambient, v.Inline, v.Credentials}
 	if src := s.s3s[k]; src != nil {
 		return src, nil
 	}
@@ -43,7 +76,7 @@ func (s *sources) S3(bucket string, v brokerwire.Volume, ambient bool) (source.S
 		Bucket: bucket, Endpoint: v.Endpoint, Region: v.Region, PathStyle: v.PathStyle,
 		Credentials: s3.Credentials{AccessKeyID: v.Credentials.AccessKeyID, SecretAccessKey: v.Credentials.SecretAccessKey,
 			SessionToken: v.Credentials.SessionToken},
-		Ambient: ambient, NodeKey: s.nodeKey, Transport: s.transport, Observer: s.observer,
+		Ambient: ambient, NodeKey: s.nodeKey, Transport: s.transport(v), Observer: s.observer,
 	})
 	if err != nil {
 		return nil, err

@@ -26,7 +26,6 @@ import (
 	"github.com/larderfs/larder/cacheworker/fusefs"
 	"github.com/larderfs/larder/cacheworker/metadata"
 	"github.com/larderfs/larder/cacheworker/source"
-	"github.com/larderfs/larder/cacheworker/source/s3"
 	"github.com/larderfs/larder/master/client"
 )
 
@@ -118,7 +117,7 @@ func (w *Worker) Run(ctx context.Context) (err error) {
 	w.fills = fill.New(fill.Config{Log: w.log}, w.store)
 	defer func() { err = errors.Join(err, w.fills.Close()) }()
 	w.metadata = metadata.New(metadata.Config{OnDenied: w.fills.Revoke, OnHead: w.store.Grant, Log: w.log})
-	w.sources = &sources{cfg: w.cfg, nodeKey: w.store.NodeKey(), transport: s3.NewTransport(s3.TransportConfig{}), observer: &w.requests}
+	w.sources = &sources{cfg: w.cfg, nodeKey: w.store.NodeKey(), observer: &w.requests}
 	w.mounts = &mounts{w: w, held: map[string]*held{}}
 	w.store.OnEvict(w.mounts.evicted)
 

@@ -74,8 +74,12 @@ func Open(v brokerwire.Volume, deps Deps) (*Dataset, error) {
 	return d, nil
 }
 
-// Check asks the store whether the dataset can be listed with this credential.
-func (d *Dataset) Check(ctx context.Context) error { return d.view.Check(ctx, d.prefix) }
+// Check reports whether the dataset can be listed with this credential. What is asked is
+// the first page of its root, which is kept: the next volume of the same principal asks nothing.
+func (d *Dataset) Check(ctx context.Context) error {
+	_, _, err := d.view.List(ctx, d.prefix, "", d.Freshness)
+	return err
+}
 
 // Store is the identity of the under store.
 func (d *Dataset) Store() object.Store { return d.src.Store() }

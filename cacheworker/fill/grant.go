@@ -29,13 +29,14 @@ func (r *Reader) Granted() bool {
 	return r.f.store.Granted(r.id, r.principal) || r.f.remembers(headKey{r.id, r.principal})
 }
 
-// Authorize is for opening: nil if the principal has a grant, or if nothing of the object is here,
-// because then the GET that brings it is the grant. Otherwise the store is asked.
+// Authorize is for opening: nil if the principal has a grant, or if nothing of the object is here
+// but what the principal's own GETs are bringing, because then such a GET is the grant.
+// Otherwise the store is asked.
 func (r *Reader) Authorize(ctx context.Context) error {
 	if r.Granted() {
 		return nil
 	}
-	if r.f.store.Peek(r.id).PresentBytes == 0 && !r.inMemory() {
+	if r.f.store.Peek(r.id).PresentBytes == 0 && !r.othersBring() {
 		return nil
 	}
 	if err := r.authorize(ctx); err != nil {
@@ -44,11 +45,12 @@ func (r *Reader) Authorize(ctx context.Context) error {
 	return nil
 }
 
-func (r *Reader) inMemory() bool {
+// othersBring reports whether another principal is fetching some of the object.
+func (r *Reader) othersBring() bool {
 	r.f.mu.Lock()
 	defer r.f.mu.Unlock()
-	for k := range r.f.chunks {
-		if k.id == r.id {
+	for k, c := range r.f.chunks {
+		if k.id == r.id && c.fetch.principal != r.principal {
 			return true
 		}
 	}
