@@ -201,6 +201,12 @@ func TestErrorsAreSentinels(t *testing.T) {
 	if _, err := c.Open(t.Context(), "d"); !errors.Is(err, object.ErrInvalid) {
 		t.Errorf("open of a folder: %v", err)
 	}
+	if _, err := c.Open(t.Context(), "none"); !errors.Is(err, object.ErrNotFound) {
+		t.Errorf("open of nothing: %v", err)
+	}
+	if st := must(c.Status(t.Context())); st.Leases != 0 {
+		t.Errorf("%d leases of what could not be opened", st.Leases)
+	}
 	if _, err := c.Open(t.Context(), ""); !errors.Is(err, object.ErrInvalid) {
 		t.Errorf("open of the root: %v", err)
 	}
@@ -432,26 +438,30 @@ func TestServeReturnsWithNothingHeld(t *testing.T) {
 	v.hold, v.holding = make(chan struct{}), make(chan error, 4)
 	w := newWorker(t, Config{Volume: v})
 	c := dial(t, w)
-	open(t, c, "a")
-	ctx, cancel := context.WithCancel(t.Context())
-	waiting := make(chan error, 1)
-	go func() { _, err := c.Stat(ctx, "a"); waiting <- err }()
-	<-v.holding
-	w.halt()
-	if v.open.Load() != 0 {
-		t.Errorf("%d files open after Serve", v.open.Load())
-	}
-	if err := <-v.holding; err == nil {
-		t.Error("a request outlived Serve")
-	}
-	select {
-	case err := <-waiting:
-		t.Errorf("the client was told %v rather than to wait for the next worker", err)
-	default:
-	}
-	cancel()
-	if err := <-waiting; !errors.Is(err, context.Canceled) {
-		t.Errorf("canceled: %v", err)
+	for range 20 {
+		open(t, c, "a")
+		ctx, cancel := context.WithCancel(t.Context())
+		waiting := make(chan error, 1)
+		go func() { _, err := c.Stat(ctx, "a"); waiting <- err }()
+		<-v.holding
+		w.halt()
+		if v.open.Load() != 0 {
+			t.Errorf("%d files open after Serve", v.open.Load())
+		}
+		if err := <-v.holding; err == nil {
+			t.Error("a request outlived Serve")
+		}
+		w.start()
+		select {
+		case <-v.holding: // the next worker is asked
+		case err := <-waiting:
+			t.Fatalf("the client was told %v rather than to ask the next worker", err)
+		}
+		cancel()
+		if err := <-waiting; !errors.Is(err, context.Canceled) {
+			t.Errorf("canceled: %v", err)
+		}
+		<-v.holding
 	}
 	if _, err := os.Lstat(w.path); err != nil {
 		t.Error(err)

@@ -285,7 +285,7 @@ func (c *conn) call(ctx context.Context, t wire.Type, frame []byte) (reply, erro
 		}
 		return reply{}, errLost
 	case <-ctx.Done():
-		c.abandoned.Go(func() { c.abandon(t, id, ch) })
+		c.leave(t, id, ch)
 		return reply{}, context.Cause(ctx)
 	}
 }
@@ -312,6 +312,22 @@ func checked(t wire.Type, r reply) (reply, error) {
 		return reply{}, err
 	}
 	return r, nil
+}
+
+// leave lets a request be abandoned, unless the connection ends anyway.
+func (c *conn) leave(t wire.Type, id uint64, ch chan reply) {
+	c.mu.Lock()
+	dead := c.dead
+	if !dead {
+		c.abandoned.Go(func() { c.abandon(t, id, ch) })
+	}
+	c.mu.Unlock()
+	if dead {
+		<-c.slots
+		if r, ok := c.last(ch); ok {
+			r.drop()
+		}
+	}
 }
 
 // abandon cancels a request that nobody waits for and sees to what comes of it. It ends with
@@ -362,8 +378,8 @@ func (r *receiver) Read(p []byte) (int, error) {
 			return 0, ferr
 		}
 	}
-	if n <= 0 && err == nil {
-		err = io.EOF
+	if errors.Is(err, io.EOF) {
+		err = io.EOF // it comes wrapped
 	}
 	return max(n, 0), err // it is -1 beside an error
 }

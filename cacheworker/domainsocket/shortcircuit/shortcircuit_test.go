@@ -58,8 +58,8 @@ type other struct {
 
 var sound = wire.ServerHello{Version: 1, MaxRequest: wire.MaxRequest, MaxReply: 1000, Requests: 8, Leases: 8}
 
-// pair is a client and its other end, which has said hello.
-func pair(t testing.TB) (*Client, *other) {
+// socketpair is a connection and its other end.
+func socketpair(t testing.TB) (ours, theirs *net.UnixConn) {
 	t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -72,9 +72,16 @@ func pair(t testing.TB) (*Client, *other) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		t.Cleanup(func() { c.Close() })
 		return c.(*net.UnixConn)
 	}
-	ours, theirs := conn(fds[0]), conn(fds[1])
+	return conn(fds[0]), conn(fds[1])
+}
+
+// pair is a client and its other end, which has said hello.
+func pair(t testing.TB) (*Client, *other) {
+	t.Helper()
+	ours, theirs := socketpair(t)
 	theirs.Write(sound.Append(nil))
 	cn, err := greet(t.Context(), ours)
 	if err != nil {
@@ -85,10 +92,7 @@ func pair(t testing.TB) (*Client, *other) {
 	if err := c.use(cn); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		c.Close()
-		theirs.Close()
-	})
+	t.Cleanup(func() { c.Close() })
 	return c, &other{t, theirs}
 }
 
@@ -230,6 +234,34 @@ func TestDescriptorsBelongToTheirFrames(t *testing.T) {
 		if err := <-got; err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// A server may send a frame in pieces; then a second descriptor is there before the first is taken.
+func TestDescriptorsKeepTheirOrder(t *testing.T) {
+	noLeak(t)
+	ours, theirs := socketpair(t)
+	one, two := file(t, 10), file(t, 20)
+	theirs.WriteMsgUnix([]byte("a"), unix.UnixRights(int(one.Fd())), nil)
+	theirs.Write([]byte("b"))
+	theirs.WriteMsgUnix([]byte("c"), unix.UnixRights(int(two.Fd())), nil)
+	theirs.Close()
+	in := &receiver{uc: ours}
+	if b, err := io.ReadAll(in); err != nil || string(b) != "abc" {
+		t.Errorf("%q, %v", b, err)
+	}
+	for _, size := range []int64{10, 20} {
+		f, err := in.take()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := check(f, size); err != nil {
+			t.Error(err)
+		}
+		f.Close()
+	}
+	if _, err := in.take(); !errors.Is(err, wire.ErrProtocol) {
+		t.Errorf("a third: %v", err)
 	}
 }
 
