@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -260,15 +262,19 @@ func (s *Store) probeIfDue() bool {
 	return due && s.probe()
 }
 
-// janitor releases held files and keeps the file system's free room when others write to it.
+// janitor releases held files and keeps the file system's free room when others write to
+// it. After an unclean stop it also counts what Puts that never ended left on the disk.
 func (s *Store) janitor(ctx context.Context, unclean bool) {
 	defer close(s.done)
+	var unaudited []*entry
 	if unclean {
-		s.audit(ctx)
+		unaudited = s.all()
 	}
 	tick := time.NewTicker(probeEvery)
 	defer tick.Stop()
 	for {
+		unaudited = s.audit(ctx, unaudited)
+		s.reserve(0, 0) // evicts until there is room; if all is in use, so be it
 		select {
 		case <-ctx.Done():
 			return
@@ -277,35 +283,57 @@ func (s *Store) janitor(ctx context.Context, unclean bool) {
 		s.evicting.Lock()
 		s.probe()
 		s.evicting.Unlock()
-		s.reserve(0, 0) // evicts until there is room; if all is in use, so be it
 	}
 }
 
-// audit counts, after an unclean stop, what Puts that never ended left on the disk.
-func (s *Store) audit(ctx context.Context) {
+func (s *Store) all() []*entry {
 	s.mu.Lock()
-	all := make([]*entry, 0, len(s.entries))
-	for _, e := range s.entries {
-		all = append(all, e)
-	}
-	s.mu.Unlock()
-	for _, e := range all {
+	defer s.mu.Unlock()
+	return slices.Collect(maps.Values(s.entries))
+}
+
+// audit compares what is counted of files with what they occupy, and returns those that
+// were being put into: for the next time.
+func (s *Store) audit(ctx context.Context, entries []*entry) (busy []*entry) {
+	for _, e := range entries {
 		if ctx.Err() != nil {
-			return
+			return nil
 		}
-		s.mu.Lock()
-		before, idle := e.Bytes(), e.file == nil
-		s.mu.Unlock()
-		var st unix.Stat_t
-		err := unix.Fstatat(s.dir.fd(), objectPath(e.Key, e.nonce), &st, unix.AT_SYMLINK_NOFOLLOW)
-		if err != nil || !idle {
+		before, ok := s.quiet(e)
+		if !ok {
+			busy = append(busy, e)
 			continue
 		}
-		s.mu.Lock()
-		if more := st.Blocks*512 - before; more > 0 && e.file == nil && !e.evicted.Load() && e.Bytes() == before {
-			s.policy.Grow(&e.Node, more)
-			s.live += more
+		var st unix.Stat_t
+		if unix.Fstatat(s.dir.fd(), objectPath(e.Key, e.nonce), &st, unix.AT_SYMLINK_NOFOLLOW) != nil {
+			continue // evicted
 		}
-		s.mu.Unlock()
+		if !s.countMore(e, before, st.Blocks*512) {
+			busy = append(busy, e)
+		}
 	}
+	return busy
+}
+
+// quiet reports what is counted of an entry, if no Put is changing it. Requires s.mu not held.
+func (s *Store) quiet(e *entry) (bytes int64, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return e.Bytes(), e.file == nil || len(e.file.putting) == 0
+}
+
+func (s *Store) countMore(e *entry, before, onDisk int64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e.evicted.Load() {
+		return true
+	}
+	if e.Bytes() != before || e.file != nil && len(e.file.putting) > 0 {
+		return false
+	}
+	if more := onDisk - before; more > 0 {
+		s.policy.Grow(&e.Node, more)
+		s.live += more
+	}
+	return true
 }

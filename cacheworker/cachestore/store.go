@@ -56,8 +56,8 @@ type Store struct {
 	dir      dir
 	view     dir // zero without Config.ViewDir
 	lock     *os.File
-	index    *index
 	indexDir dir
+	index    *index
 	uuid     uuid.UUID
 	nodeKey  []byte
 	epoch    uint32 // of this boot; a chunk record of another epoch is unverified
