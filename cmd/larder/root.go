@@ -53,11 +53,8 @@ func service(use, short, long string, flags func(*pflag.FlagSet), run func(conte
 	cmd := &cobra.Command{
 		Use: use, Short: short, Long: long, Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := p.readConfig(cmd.Flags()); err != nil {
-				return err
-			}
-			log, err := p.logger(cmd.ErrOrStderr())
-			if err != nil {
+			log, lerr := p.logger(cmd.ErrOrStderr())
+			if err := errors.Join(p.readConfig(cmd.Flags()), checkFlags(cmd.Flags()), lerr); err != nil {
 				return err
 			}
 			ctx, cancel := context.WithCancel(cmd.Context())
@@ -76,6 +73,17 @@ func service(use, short, long string, flags func(*pflag.FlagSet), run func(conte
 	f.MarkHidden("lifeline-fd")
 	flags(f)
 	return cmd
+}
+
+// checkFlags reports what flags that parse themselves were given.
+func checkFlags(f *pflag.FlagSet) error {
+	var errs []error
+	f.VisitAll(func(flag *pflag.Flag) {
+		if v, ok := flag.Value.(interface{ check() error }); ok && v.check() != nil {
+			errs = append(errs, fmt.Errorf("--%s: %w", flag.Name, v.check()))
+		}
+	})
+	return errors.Join(errs...)
 }
 
 // holdOn ends the process's context when its parent has died: the other end of the pipe is the parent's.

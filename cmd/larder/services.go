@@ -100,7 +100,7 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 			featureFlags(f, &c.Features)
 		},
 		func(ctx context.Context, log *slog.Logger) error {
-			c.TierDir, c.ViewDir, c.CapacityBytes, c.MinFreeBytes = t.dir, readOnlyDir, t.bytes, int64(minFree)
+			c.TierDir, c.ViewDir, c.CapacityBytes, c.MinFreeBytes = t.dir, readOnlyDir, t.bytes, minFree.bytes
 			c.BrokerSocket, c.ControlSocket = filepath.Join(run, brokerSocket), filepath.Join(run, controlSocket)
 			c.Log, c.Version = log, version
 			w, err := cacheworker.New(c)

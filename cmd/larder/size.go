@@ -13,6 +13,7 @@ import (
 type tier struct {
 	dir   string
 	bytes int64
+	err   error // of the text that was set: kept, so that all mistakes can be told at once
 }
 
 // String, Set and Type make a pflag.Value.
@@ -26,6 +27,13 @@ func (t *tier) String() string {
 func (t *tier) Type() string { return "DIR:SIZE" }
 
 func (t *tier) Set(s string) error {
+	t.err = t.parse(s)
+	return nil
+}
+
+func (t *tier) check() error { return t.err }
+
+func (t *tier) parse(s string) error {
 	i := strings.LastIndexByte(s, ':')
 	if i < 0 {
 		return fmt.Errorf("%q: want DIR:SIZE, for example /var/cache/larder:10GiB", s)
@@ -41,7 +49,7 @@ func (t *tier) Set(s string) error {
 	if i == 0 {
 		return fmt.Errorf("%q: the directory is missing", s)
 	}
-	*t = tier{dir, n}
+	t.dir, t.bytes = dir, n
 	return nil
 }
 
@@ -72,12 +80,15 @@ func parseSize(s string) (int64, error) {
 }
 
 // size is a flag of bytes.
-type size int64
+type size struct {
+	bytes int64
+	err   error // as in tier
+}
 
-func (z *size) String() string { return strconv.FormatInt(int64(*z), 10) }
+func (z *size) String() string { return strconv.FormatInt(z.bytes, 10) }
 func (z *size) Type() string   { return "SIZE" }
+func (z *size) check() error   { return z.err }
 func (z *size) Set(s string) error {
-	n, err := parseSize(s)
-	*z = size(n)
-	return err
+	z.bytes, z.err = parseSize(s)
+	return nil
 }

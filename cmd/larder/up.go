@@ -150,7 +150,7 @@ func (u *up) prepare() error {
 		u.dir = dir
 	}
 	if u.tier.dir == "" {
-		u.tier = tier{filepath.Join(u.dir, "cache"), 10 << 30}
+		u.tier.dir, u.tier.bytes = filepath.Join(u.dir, "cache"), 10<<30
 	}
 	if u.fileRoot != "" {
 		if st, err := os.Stat(u.fileRoot); err != nil || !st.IsDir() {
@@ -275,7 +275,7 @@ func (u *up) runWorker(ctx context.Context) error {
 	if u.fileRoot != "" {
 		args = append(args, "--file-root", u.fileRoot, "--file-root-path", at(3))
 	}
-	if u.minFree > 0 {
+	if u.minFree.bytes > 0 {
 		args = append(args, "--min-free", u.minFree.String())
 	}
 	for flag, on := range map[string]bool{"--no-passthrough": u.features.NoPassthrough, "--no-resend": u.features.NoResend, "--no-splice": u.features.NoSplice} {
