@@ -53,6 +53,9 @@ func (b *fakeBroker) call(ctx context.Context, verb string, do func() error) err
 			return err
 		}
 	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.calls = append(b.calls, verb)

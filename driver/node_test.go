@@ -266,6 +266,23 @@ func TestAFailedCallLeavesTheOrchestratorsDirectories(t *testing.T) {
 	}
 }
 
+func TestAFailedInlinePublishTakesOldLeftoversAlong(t *testing.T) {
+	b := start(t)
+	must(t, b.publish(t, "target", inline))
+	entries, _ := os.ReadDir(b.path("run/inline"))
+	must(t, b.unpublish(t, "target"), os.Mkdir(filepath.Join(b.path("run/inline"), entries[0].Name()), 0o700))
+	b.broker.script(nil, func(verb string) error {
+		if verb == "mount" {
+			return object.ErrUnavailable
+		}
+		return nil
+	})
+	wantCode(t, b.publish(t, "target", inline), codes.Unavailable, "mount volume")
+	if entries, _ = os.ReadDir(b.path("run/inline")); len(entries) != 0 {
+		t.Errorf("left %v", entries)
+	}
+}
+
 func TestACallThatIsCancelledUndoesItself(t *testing.T) {
 	b := start(t)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -417,6 +434,9 @@ func TestAVolumeForOnePodHasOneTarget(t *testing.T) {
 	must(t, b.stage(t, func(r *csi.NodeStageVolumeRequest) { r.VolumeCapability = capability(onePod) }))
 	must(t, b.publish(t, "target", single), b.publish(t, "target", single))
 	wantCode(t, b.publish(t, "other", single), codes.FailedPrecondition, "single pod")
+	sub := b.path("subpath") // what the kubelet binds for a subPath is no publish
+	must(t, os.Mkdir(sub, 0o755), unix.Mount(b.path("target/domain"), sub, "", unix.MS_BIND, ""), b.unpublish(t, "target"))
+	must(t, b.publish(t, "target", single), unix.Unmount(sub, 0))
 	must(t, b.unpublish(t, "target"), b.publish(t, "other", single), b.unpublish(t, "other"), b.unstage(t))
 }
 
