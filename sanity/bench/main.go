@@ -61,7 +61,7 @@ var jobs = []job{
 	{"warm-rand-4KiB-4jobs", "randread", "4k", 4, "IOPS", 0.80},
 }
 
-func run(ctx context.Context, out, only string, runs int, runtime time.Duration) (err error) {
+func run(ctx context.Context, out, only string, runs int, runtime time.Duration) error {
 	chosen, err := choose(only)
 	if err != nil {
 		return err
@@ -77,23 +77,31 @@ func run(ctx context.Context, out, only string, runs int, runtime time.Duration)
 		return err
 	}
 	os.Setenv("TMPDIR", dir)
-	defer func() {
-		err = errors.Join(err, leak.Clean(dir))
-		if ctx.Err() != nil {
-			err = errors.New("interrupted; everything was removed")
-		}
-	}()
 	b := &bench{dir: dir, runs: runs, runtime: runtime}
-	err = b.prepare(ctx)
+	err = b.measure(ctx, chosen)
+	if cerr := leak.Clean(dir); cerr != nil {
+		return errors.Join(err, cerr)
+	}
+	if ctx.Err() != nil {
+		return errors.New("interrupted; everything was removed")
+	}
+	if err != nil {
+		return err
+	}
+	return b.rows.Write(out)
+}
+
+func (b *bench) measure(ctx context.Context, chosen []job) error {
+	err := b.prepare(ctx)
 	for _, j := range chosen {
 		if err == nil {
 			err = b.row(ctx, j)
 		}
 	}
-	if err = errors.Join(err, b.close()); err != nil {
-		return err
+	if err != nil && ctx.Err() == nil && b.stack != nil {
+		fmt.Fprintf(os.Stderr, "the end of larder's log:\n%s\n", b.stack.Tail())
 	}
-	return b.rows.Write(out)
+	return errors.Join(err, b.close())
 }
 
 func choose(only string) ([]job, error) {

@@ -49,7 +49,7 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, out string, salesBytes int64, rounds int) (err error) {
+func run(ctx context.Context, out string, salesBytes int64, rounds int) error {
 	if os.Geteuid() != 0 {
 		return errors.New("it mounts a volume: run it as root")
 	}
@@ -57,18 +57,26 @@ func run(ctx context.Context, out string, salesBytes int64, rounds int) (err err
 	if err != nil {
 		return err
 	}
-	defer func() {
-		fmt.Println("cleaning up")
-		err = errors.Join(err, leak.Clean(dir))
-		if ctx.Err() != nil {
-			err = fmt.Errorf("interrupted; everything was removed") // what else failed, failed for that
-		}
-	}()
-	d := &demo{dir: dir}
-	if err := d.prepare(ctx, salesBytes); err != nil {
-		return errors.Join(err, d.close())
+	err = runIn(ctx, dir, out, salesBytes, rounds)
+	fmt.Println("cleaning up")
+	if cerr := leak.Clean(dir); cerr != nil {
+		return errors.Join(err, cerr)
 	}
-	err = d.measure(ctx, rounds)
+	if ctx.Err() != nil {
+		return errors.New("interrupted; everything was removed") // what else failed, failed for that
+	}
+	return err
+}
+
+func runIn(ctx context.Context, dir, out string, salesBytes int64, rounds int) error {
+	d := &demo{dir: dir}
+	err := d.prepare(ctx, salesBytes)
+	if err == nil {
+		err = d.measure(ctx, rounds)
+	}
+	if err != nil && ctx.Err() == nil && d.stack != nil {
+		fmt.Fprintf(os.Stderr, "the end of larder's log:\n%s\n", d.stack.Tail())
+	}
 	if err = errors.Join(err, d.close()); err != nil {
 		return err
 	}

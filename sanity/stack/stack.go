@@ -128,7 +128,7 @@ func (s *Stack) Restart(ctx context.Context) error {
 		return fmt.Errorf("start larder: %w", err)
 	}
 	if err := s.ready(ctx); err != nil {
-		return fmt.Errorf("larder up: %w\n%s", err, s.tail())
+		return fmt.Errorf("larder up: %w\n%s", err, s.Tail())
 	}
 	return nil
 }
@@ -151,8 +151,8 @@ func (s *Stack) ready(ctx context.Context) error {
 
 func (s *Stack) tmp() string { return filepath.Join(s.dir, "tmp") }
 
-// tail is the end of the log, for an error.
-func (s *Stack) tail() string {
+// Tail is the end of the log, for an error.
+func (s *Stack) Tail() string {
 	b, _ := os.ReadFile(s.Log())
 	lines := strings.Split(strings.TrimRight(string(b), "\n"), "\n")
 	return strings.Join(lines[max(0, len(lines)-20):], "\n")
@@ -172,7 +172,7 @@ func (s *Stack) Stop() error {
 	case <-time.After(s.cfg.Grace):
 		syscall.Kill(up.pid, syscall.SIGKILL)
 		<-up.exited
-		return fmt.Errorf("larder up did not stop within %v of SIGTERM\n%s", s.cfg.Grace, s.tail())
+		return fmt.Errorf("larder up did not stop within %v of SIGTERM\n%s", s.cfg.Grace, s.Tail())
 	}
 }
 
