@@ -30,11 +30,12 @@ const (
 // reason is needed inside a synctest bubble, whose clock is not the real one, and in a
 // function named eventually, which asks again until a deadline.
 var sleepers = map[string]string{
-	"cacheworker/domainsocket.TestUnreadDescriptorsAreBounded": "asks again until the worker has opened them",
-	"cacheworker/metadata.model":                               "is called in a synctest bubble",
-	"cacheworker/fill.model":                                   "is called in a synctest bubble",
-	"sanity/leak.await":                                        "ending a process is an event for its parent only",
-	"sanity/leak.Kill":                                         "ending a process is an event for its parent only",
+	"cacheworker/metadata.model":    "is called in a synctest bubble",
+	"cacheworker/fill.model":        "is called in a synctest bubble",
+	"sanity.TestKilledWhileLoading": "kills at a random moment, a second after a status",
+	"sanity.await":                  "no event tells of a mount",
+	"sanity/leak.await":             "ending a process is an event for its parent only",
+	"sanity/leak.Kill":              "ending a process is an event for its parent only",
 }
 
 // source is one Go file of the module, parsed.
