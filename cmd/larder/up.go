@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"os/exec"
@@ -37,7 +38,7 @@ type up struct {
 	fileRoot  string
 	endpoints []string
 	nodeName  string
-	workerUID uint32
+	workerUID int64 // -1: see prepare
 	minFree   size
 	features  cacheworker.Features
 	metrics   string
@@ -61,7 +62,7 @@ It needs root, Linux, and nothing else. SIGTERM stops in order and leaves no mou
 			f.Var(&u.minFree, "min-free", "bytes of the tier's file system that stay free")
 			f.StringVar(&u.nodeName, "node-name", hostname(), "`name` of this node")
 			f.StringVar(&u.metrics, "metrics-listen", "", "`address` of this process's /metrics, beside DIR/run/*-metrics.sock")
-			f.Uint32Var(&u.workerUID, "worker-uid", 0, "user `id` that the worker runs as; it owns the tier")
+			f.Int64Var(&u.workerUID, "worker-uid", -1, "user `id` that the worker runs as, without capabilities; it owns the tier (default the owner of --file-root, else 65534)")
 			sourceFlags(f, &u.fileRoot, &u.endpoints)
 			featureFlags(f, &u.features)
 		},
@@ -160,6 +161,17 @@ func (u *up) prepare() error {
 			errs = append(errs, err)
 		}
 	}
+	if u.workerUID < 0 {
+		u.workerUID = nobody
+		if u.fileRoot != "" { // it reads there what its owner may
+			if uid, err := ownerOf(u.fileRoot); err == nil {
+				u.workerUID = int64(uid)
+			}
+		}
+	}
+	if u.workerUID > math.MaxUint32-1 {
+		errs = append(errs, fmt.Errorf("--worker-uid %d: want 0 to %d", u.workerUID, uint32(math.MaxUint32-1)))
+	}
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
@@ -171,14 +183,28 @@ func (u *up) prepare() error {
 	if u.dir, err = filepath.EvalSymlinks(u.dir); err != nil {
 		return err
 	}
-	if u.workerUID != 0 {
-		for _, d := range []string{u.runDir(), u.tier.dir} {
-			if err := os.Chown(d, int(u.workerUID), -1); err != nil {
-				return err
-			}
-		}
+	if err := chownTree(u.tier.dir, int(u.workerUID)); err != nil {
+		return fmt.Errorf("--tier: %w", err)
 	}
-	return nil
+	// The worker makes its sockets there; sticky, so that it cannot put one in the broker's place.
+	if err := os.Chown(u.runDir(), 0, int(u.workerUID)); err != nil {
+		return err
+	}
+	return os.Chmod(u.runDir(), os.ModeSticky|0o771)
+}
+
+// chownTree gives the tier to the worker; it is walked only if it was another user's.
+func chownTree(dir string, uid int) error {
+	if owner, err := ownerOf(dir); err != nil || int(owner) == uid {
+		return err
+	}
+	err := filepath.WalkDir(dir, func(path string, e os.DirEntry, err error) error {
+		if err != nil || path == dir {
+			return err
+		}
+		return os.Lchown(path, uid, -1)
+	})
+	return errors.Join(err, os.Chown(dir, uid, -1)) // the folder itself last: it says that all of it is done
 }
 
 // lock makes sure that there is one `up` for a directory. The children of one that was killed are
@@ -363,10 +389,11 @@ func (u *up) child(ctx context.Context, dirs, args []string) error {
 	cmd.Stderr, cmd.ExtraFiles = os.Stderr, files
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = stopWait
-	if args[0] == "worker" && u.workerUID != 0 {
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: u.workerUID, Gid: u.workerUID}}
+	start := cmd.Start
+	if args[0] == "worker" {
+		start = func() error { return startUnprivileged(cmd, uint32(u.workerUID)) }
 	}
-	if err := cmd.Start(); err != nil {
+	if err := start(); err != nil {
 		return err
 	}
 	defer context.AfterFunc(u.hurried, func() { cmd.Process.Kill() })()
