@@ -2,10 +2,13 @@ package cacheworker
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -294,9 +297,16 @@ func (ms *mounts) evicted(id object.ID) {
 
 // published are the volumes for the master's registration, without secrets.
 func (ms *mounts) published() []client.Published {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
 	var out []client.Published
-	for id, h := range ms.all() {
-		out = append(out, client.Published{Volume: client.Volume{ID: id}, Inline: h.volume.Inline})
+	for _, id := range slices.Sorted(maps.Keys(ms.held)) { // sorted: a registration that changes is told again
+		v := ms.held[id].volume
+		p := client.Published{Volume: client.Volume{ID: id}, Inline: v.Inline}
+		if err := json.Unmarshal([]byte(v.Attributes), &p.Volume.Parameters); err != nil {
+			ms.w.log.Error("attributes of a volume", "volume", id, "err", err)
+		}
+		out = append(out, p)
 	}
 	return out
 }

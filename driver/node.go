@@ -141,6 +141,11 @@ func (n *node) volume(id string, c *csi.VolumeCapability, attrs, secrets map[str
 	if err != nil {
 		return brokerwire.Volume{}, err
 	}
+	attributes, err := json.Marshal(q.context())
+	if err != nil {
+		return brokerwire.Volume{}, fmt.Errorf("encode the volume's attributes: %w", err)
+	}
+	q.Attributes = string(attributes)
 	return withGroup(q.Volume, c.GetMount().GetVolumeMountGroup())
 }
 

@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
+
 	"github.com/larderfs/larder/cacheworker/domainsocket/shortcircuit"
 	"github.com/larderfs/larder/sanity/leak"
 	"github.com/larderfs/larder/sanity/s3test"
@@ -268,6 +270,34 @@ func TestEachProcessMayGo(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+	}
+}
+
+// A master that has lost everything learns the workers and the published volumes again.
+func TestMasterForgetsEverything(t *testing.T) {
+	store := s3test.Start(t)
+	put(t, store, map[string][]byte{"ds/f": pattern(1<<20, 7)})
+	a := startApart(t, store.Endpoint)
+	v, _ := publish(t, a.Kubelet, bucket(store, "v", "ds"))
+	a.end("master", syscall.SIGKILL)
+	if err := os.RemoveAll(filepath.Join(a.dir, "master")); err != nil {
+		t.Fatal(err)
+	}
+	a.start("master")
+	if err := a.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ctl, err := a.Controller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.await(func() bool {
+		r, err := ctl.ListVolumes(t.Context(), &csi.ListVolumesRequest{})
+		return err == nil && len(r.GetEntries()) == 1 && r.GetEntries()[0].GetVolume().GetVolumeId() == v.ID
+	})
+	again, err := a.CreateVolume(t.Context(), v.PublishInput) // what a provisioner that was restarted asks
+	if err != nil || again.ID != v.ID {
+		t.Errorf("create again: %v, %v; want volume %s", again, err, v.ID)
 	}
 }
 

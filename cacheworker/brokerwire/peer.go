@@ -28,7 +28,7 @@ type Peer struct {
 
 	mu     sync.Mutex // guards the fields below
 	next   uint64
-	calls  map[uint64]chan<- reply
+	calls  map[uint64]chan reply
 	closed error
 }
 
@@ -39,7 +39,7 @@ type reply struct {
 
 // NewPeer wraps a connected SOCK_SEQPACKET socket. Nothing is read before Run.
 func NewPeer(conn *net.UnixConn, handle Handler) *Peer {
-	return &Peer{conn: conn, handle: handle, calls: map[uint64]chan<- reply{}}
+	return &Peer{conn: conn, handle: handle, calls: map[uint64]chan reply{}}
 }
 
 // Run reads until the peer has gone or ctx ends, answers requests, each in its own goroutine, and
@@ -56,7 +56,7 @@ func (p *Peer) Run(ctx context.Context) error {
 	for {
 		m, files, err := receive(p.conn, buf, oob)
 		if errors.Is(err, object.ErrInvalid) {
-			p.send(withID(fail(err), m.ID), nil)
+			p.refuse(m, err)
 			continue
 		}
 		if err != nil {
@@ -72,6 +72,15 @@ func (p *Peer) Run(ctx context.Context) error {
 		}
 		answering.Go(func() { p.answer(ctx, m, files) })
 	}
+}
+
+// refuse answers a request that does not parse; a reply that does not is its call's error.
+func (p *Peer) refuse(m Message, err error) {
+	if m.Verb == "" {
+		p.deliver(withID(fail(err), m.ID), nil)
+		return
+	}
+	p.send(withID(fail(err), m.ID), nil)
 }
 
 func withID(m Message, id uint64) Message { m.ID = id; return m }
@@ -94,9 +103,9 @@ func (p *Peer) send(m Message, files []*os.File) error {
 
 func (p *Peer) deliver(m Message, files []*os.File) {
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	ch := p.calls[m.ID]
 	delete(p.calls, m.ID)
-	p.mu.Unlock()
 	if ch == nil {
 		CloseFiles(files) // its caller gave up
 		return
@@ -131,8 +140,8 @@ func (p *Peer) Call(ctx context.Context, m Message, files ...*os.File) (Message,
 	p.mu.Unlock()
 
 	if err := p.send(m, files); err != nil {
-		p.forget(m.ID)
-		return Message{}, nil, fmt.Errorf("%s: %v: %w", m.Verb, err, object.ErrUnavailable)
+		p.forget(m.ID, ch)
+		return Message{}, nil, fmt.Errorf("%s: %w", m.Verb, gone(err))
 	}
 	select {
 	case r, ok := <-ch:
@@ -145,16 +154,29 @@ func (p *Peer) Call(ctx context.Context, m Message, files ...*os.File) (Message,
 		}
 		return r.m, r.files, nil
 	case <-ctx.Done():
-		p.forget(m.ID)
+		p.forget(m.ID, ch)
 		return Message{}, nil, fmt.Errorf("%s: %w", m.Verb, context.Cause(ctx))
 	}
 }
 
+// gone is what a failed send means: the peer is unavailable, unless we asked for nonsense.
+func gone(err error) error {
+	if errors.Is(err, object.ErrInvalid) {
+		return err
+	}
+	return fmt.Errorf("%v: %w", err, object.ErrUnavailable)
+}
+
 // forget gives a call up; a reply that is already there is dropped.
-func (p *Peer) forget(id uint64) {
+func (p *Peer) forget(id uint64, ch chan reply) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.calls, id)
+	select {
+	case r := <-ch:
+		CloseFiles(r.files)
+	default:
+	}
 }
 
 // Close ends the connection; Run returns.

@@ -15,8 +15,8 @@ import (
 
 // A mount's memfd holds all that must outlive a process: a header, written by the broker
 // only, and from [StateLog] on the node table of fusefs, written by the worker only. It is
-// sealed against shrinking. The header has two slots that are written in turn, so that a
-// SIGKILL in the middle of a write leaves the older one.
+// sealed against shrinking. The header has two slots; a write goes to the one that does not
+// hold the newest whole state, so that a SIGKILL in the middle of it leaves that one.
 const (
 	slotSize = 128 << 10
 	slotHead = 8 + 8 + 4 + 8 // magic, generation, length, checksum
@@ -28,14 +28,20 @@ var sums = crc64.MakeTable(crc64.ECMA)
 
 // State is the header of a mount's memfd.
 type State struct {
-	Volume    Volume    `json:"volume"` // with its credentials
-	Path      string    `json:"path"`   // where the FUSE file system is mounted
-	Dev       uint64    `json:"dev"`    // st_dev of the FUSE file system
+	Volume    Volume    `json:"volume"`
+	Path      string    `json:"path"` // where the FUSE file system is mounted
+	Dev       uint64    `json:"dev"`  // st_dev of the FUSE file system
 	Since     time.Time `json:"since"`
 	InitIn    []byte    `json:"initIn"`  // the kernel's INIT request
 	InitOut   []byte    `json:"initOut"` // the first worker's answer
 	Socket    string    `json:"socket"`  // name below domain/ that the listener is bound to
 	Takeovers int       `json:"takeovers"`
+}
+
+// slotBody is a state in its slot.
+type slotBody struct {
+	State
+	Credentials *sealed `json:"credentials,omitempty"`
 }
 
 // NewState makes the memfd.
@@ -50,7 +56,7 @@ func NewState(s State) (*os.File, error) {
 		err = WriteState(f, s)
 	}
 	if err == nil {
-		_, err = unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK)
+		_, err = unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_SEAL)
 	}
 	if err != nil {
 		f.Close()
@@ -61,13 +67,15 @@ func NewState(s State) (*os.File, error) {
 
 // WriteState replaces the header. One writer at a time.
 func WriteState(f *os.File, s State) error {
-	body, err := json.Marshal(s)
+	body, err := json.Marshal(slotBody{s, seal(&s.Volume)})
 	if err != nil {
 		return fmt.Errorf("encode state: %w", err)
 	}
 	if len(body) > slotSize-slotHead {
 		return fmt.Errorf("state of %d bytes is too large: %w", len(body), object.ErrInvalid)
 	}
+	_, newest, _ := newestSlot(f)
+	slot := 1 - newest
 	generation := max(slotGeneration(f, 0), slotGeneration(f, 1)) + 1
 	b := make([]byte, slotHead+len(body))
 	copy(b, magic)
@@ -75,7 +83,7 @@ func WriteState(f *os.File, s State) error {
 	binary.LittleEndian.PutUint32(b[16:], uint32(len(body)))
 	binary.LittleEndian.PutUint64(b[20:], crc64.Checksum(body, sums)^generation)
 	copy(b[slotHead:], body)
-	if _, err := f.WriteAt(b, int64(generation%2)*slotSize); err != nil {
+	if _, err := f.WriteAt(b, int64(slot)*slotSize); err != nil {
 		return fmt.Errorf("write state: %w", err)
 	}
 	return nil
@@ -88,15 +96,20 @@ func ReadState(f *os.File) (State, error) {
 	if err != nil || seals&unix.F_SEAL_SHRINK == 0 {
 		return State{}, fmt.Errorf("state is not a sealed memfd: %w", object.ErrInvalid)
 	}
-	first := 0
-	if slotGeneration(f, 1) > slotGeneration(f, 0) {
-		first = 1
-	}
-	s, err := readSlot(f, first)
-	if err != nil {
-		s, err = readSlot(f, 1-first)
-	}
+	s, _, err := newestSlot(f)
 	return s, err
+}
+
+// newestSlot reads the whole slot with the higher generation.
+func newestSlot(f *os.File) (s State, slot int, err error) {
+	if slotGeneration(f, 1) > slotGeneration(f, 0) {
+		slot = 1
+	}
+	if s, err = readSlot(f, slot); err != nil {
+		slot = 1 - slot
+		s, err = readSlot(f, slot)
+	}
+	return s, slot, err
 }
 
 func slotGeneration(f *os.File, i int) uint64 {
@@ -128,9 +141,13 @@ func DecodeSlot(b []byte) (State, error) {
 	if crc64.Checksum(body, sums)^generation != binary.LittleEndian.Uint64(b[20:]) {
 		return State{}, fmt.Errorf("state header does not match its sum: %w", object.ErrInvalid)
 	}
-	var s State
-	if err := json.Unmarshal(body, &s); err != nil {
+	var sb slotBody
+	if err := json.Unmarshal(body, &sb); err != nil {
 		return State{}, fmt.Errorf("state header: %v: %w", err, object.ErrInvalid)
+	}
+	s := sb.State
+	if sb.Credentials != nil {
+		s.Volume.Credentials = Credentials(*sb.Credentials)
 	}
 	if !cleanAbs(s.Path) || s.Volume.ID == "" {
 		return State{}, fmt.Errorf("state header names no volume or path: %w", object.ErrInvalid)

@@ -25,7 +25,19 @@ type Volume struct {
 	DirMode   uint32        `json:"dirMode"`
 	Inline    bool          `json:"inline,omitempty"` // attributes written by a user (DESIGN §5.10)
 
-	Credentials Credentials `json:"credentials"`
+	// Attributes is the volume_context without what the orchestrator adds, as JSON: a master
+	// that has lost its memory learns it from the workers.
+	Attributes string `json:"attributes,omitempty"`
+
+	Credentials Credentials `json:"-"` // so that nothing that encodes a volume tells them; see sealed
+}
+
+// Format prints a volume without its credentials, which fmt would show to a verb that does
+// not fit.
+func (v Volume) Format(f fmt.State, verb rune) {
+	type plain Volume
+	v.Credentials = Credentials{}
+	fmt.Fprintf(f, fmt.FormatString(f, verb), plain(v))
 }
 
 // Layout says what a publish shows at its target.
@@ -60,6 +72,21 @@ func (c Credentials) IsZero() bool { return c == Credentials{} }
 func (c Credentials) String() string       { return "credentials" }
 func (c Credentials) GoString() string     { return "credentials" }
 func (c Credentials) LogValue() slog.Value { return slog.StringValue(c.String()) }
+
+// MarshalText does so for encoders.
+func (c Credentials) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
+
+// sealed is the form of credentials that does encode: in a message, and in a mount's state.
+type sealed Credentials
+
+// seal returns nil for none.
+func seal(v *Volume) *sealed {
+	if v == nil || v.Credentials.IsZero() {
+		return nil
+	}
+	s := sealed(v.Credentials)
+	return &s
+}
 
 // Format covers %+v, %#v and %x too.
 func (c Credentials) Format(f fmt.State, _ rune) { fmt.Fprint(f, c.String()) }

@@ -29,7 +29,6 @@ const Version = 1
 const (
 	maxMessage = 96 << 10 // bytes of one datagram, below the default socket buffer
 	maxFDs     = 4
-	maxText    = 64 << 10
 )
 
 // Verb says what a message asks for. A reply has none.
@@ -197,24 +196,59 @@ func cleanAbs(p string) bool {
 	return true
 }
 
-// Decode parses one datagram.
+// Decode parses one datagram. Of a bad one it returns the id and the verb, as far as they can
+// be read.
 func Decode(b []byte) (Message, error) {
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
-	var m Message
-	if err := d.Decode(&m); err != nil {
-		return Message{}, fmt.Errorf("broker message: %v: %w", err, object.ErrInvalid)
+	var e envelope
+	if err := d.Decode(&e); err != nil {
+		return address(b), fmt.Errorf("broker message: %v: %w", err, object.ErrInvalid)
 	}
 	if _, err := d.Token(); err != io.EOF {
-		return Message{}, fmt.Errorf("broker message: more than one value: %w", object.ErrInvalid)
+		return address(b), fmt.Errorf("broker message: more than one value: %w", object.ErrInvalid)
 	}
-	return m, m.Validate()
+	m := e.Message
+	if err := m.Validate(); err != nil {
+		return address(b), err
+	}
+	if e.Credentials != nil {
+		if m.Volume == nil {
+			return address(b), fmt.Errorf("broker message: credentials of no volume: %w", object.ErrInvalid)
+		}
+		m.Volume.Credentials = Credentials(*e.Credentials)
+	}
+	return m, nil
+}
+
+// envelope is a message on the wire.
+type envelope struct {
+	Message
+	Credentials *sealed `json:"credentials,omitempty"` // of Message.Volume
+}
+
+func encode(m Message) ([]byte, error) {
+	b, err := json.Marshal(envelope{m, seal(m.Volume)})
+	if err != nil {
+		return nil, fmt.Errorf("encode broker message: %w", err)
+	}
+	return b, nil
+}
+
+// address is what of a bad message can be read for the sake of an answer.
+func address(b []byte) Message {
+	var a struct {
+		ID   uint64 `json:"id"`
+		Verb Verb   `json:"verb"`
+	}
+	json.NewDecoder(bytes.NewReader(b)).Decode(&a)
+	return Message{ID: a.ID, Verb: a.Verb}
 }
 
 func send(c *net.UnixConn, m Message, files []*os.File) error {
-	b, err := json.Marshal(m)
+	b, err := encode(m)
 	if err != nil {
-		return fmt.Errorf("encode broker message: %w", err)
+		return err
 	}
 	if len(b) > maxMessage || len(files) > maxFDs {
 		return fmt.Errorf("broker message of %d bytes, %d descriptors is too large: %w", len(b), len(files), object.ErrInvalid)
@@ -248,19 +282,19 @@ func number(f *os.File) (n int, err error) {
 // with its id where that could be read, so that it can be answered.
 func receive(c *net.UnixConn, buf, oob []byte) (Message, []*os.File, error) {
 	n, oobn, flags, _, err := c.ReadMsgUnix(buf, oob)
-	if err != nil {
-		return Message{}, nil, err
+	files, rerr := rights(oob[:oobn]) // an empty datagram ends the connection and may carry some too
+	if err == nil && n == 0 {
+		err = io.EOF
 	}
-	files, err := rights(oob[:oobn])
-	if n == 0 && err == nil && len(files) == 0 {
-		return Message{}, nil, io.EOF
-	}
-	if err == nil && flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
-		err = fmt.Errorf("broker message truncated: %w", object.ErrInvalid)
+	if err == nil {
+		err = rerr
 	}
 	var m Message
 	if err == nil {
 		m, err = Decode(buf[:n])
+	}
+	if err == nil && flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
+		err = fmt.Errorf("broker message truncated: %w", object.ErrInvalid)
 	}
 	if err != nil {
 		CloseFiles(files)
