@@ -9,7 +9,6 @@ import (
 	"math"
 	"time"
 
-	"github.com/larderfs/larder/cacheworker/cachestore"
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/cacheworker/source"
 )
@@ -237,37 +236,42 @@ func (c *chunk) call() {
 	}
 }
 
-// write puts chunks on the disk as they become whole.
+// write opens the cache file, while the store is being asked, and puts chunks there as they
+// become whole.
 func (f *Fills) write(ft *fetch) {
 	defer f.wg.Done()
-	var file *cachestore.File
-	var err error
+	file, err := f.store.Open(ft.obj)
+	f.keepGrant(ft.obj, headKey{ft.chunks[0].key.id, ft.principal})
 	for c := range ft.stored {
-		if file == nil && err == nil {
-			file, err = f.store.Open(ft.obj)
-		}
 		put := err
 		if put == nil {
+			f.writers <- struct{}{}
 			put = file.Put(c.key.i, c.buf)
+			<-f.writers
 		}
-		if put != nil && !errors.Is(put, object.ErrNoSpace) {
-			f.cfg.Log.Error("store chunk", "object", ft.obj, "chunk", c.key.i, "err", put)
-		}
-		f.mu.Lock()
-		if put == nil {
-			f.gen++
-			f.leave(c, nil)
-		} else if !c.left {
-			f.keep(c)
-		}
-		f.unref(c)
-		f.mu.Unlock()
+		f.written(c, put)
 	}
 	if file != nil {
 		if err := file.Close(); err != nil {
 			f.cfg.Log.Error("give up lease", "object", ft.obj, "err", err)
 		}
 	}
+}
+
+// written ends the fetch of a whole chunk, which is on the disk unless err says why not.
+func (f *Fills) written(c *chunk, err error) {
+	if err != nil && !errors.Is(err, object.ErrNoSpace) {
+		f.cfg.Log.Error("store chunk", "object", c.fetch.obj, "chunk", c.key.i, "err", err)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err == nil {
+		f.gen++
+		f.leave(c, nil)
+	} else if !c.left {
+		f.keep(c)
+	}
+	f.unref(c)
 }
 
 // keep puts a chunk that found no room into the recent memory. Requires f.mu.

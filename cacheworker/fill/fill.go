@@ -13,6 +13,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -75,7 +76,11 @@ type Fills struct {
 	budget *budget
 	bufs   sync.Pool      // of *[object.ChunkSize]byte
 	wg     sync.WaitGroup // fetches, HEADs, completers
-	count  counters
+
+	// writers holds one entry per Put under way. Bytes that arrive have the processors first:
+	// readers wait for them, and for the disk nobody does until the memory is used up.
+	writers chan struct{}
+	count   counters
 
 	mu      sync.Mutex // guards everything below, and the chunks; never held across I/O
 	closed  bool
@@ -133,6 +138,7 @@ func New(cfg Config, store *cachestore.Store) *Fills {
 		cfg:     cfg,
 		store:   store,
 		budget:  newBudget(cfg.MaxInFlightBytes, cfg.MaxRequests),
+		writers: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)),
 		chunks:  map[chunkKey]*chunk{},
 		fetches: map[*fetch]struct{}{},
 		heads:   map[headKey]*head{},

@@ -142,14 +142,21 @@ type refusal struct {
 
 const maxMemoryGrants = 4096
 
-// grant notes that the store answered the principal, asked at that time.
+// grant notes that the store answered the principal, asked at that time: with the cache file,
+// or until there is one, in memory.
 func (f *Fills) grant(obj object.Object, key headKey, asked time.Time) {
-	f.store.Grant(obj, key.principal, asked)
-	if f.store.Peek(key.id).Exists {
-		return
+	if !f.store.Peek(key.id).Exists {
+		f.mu.Lock()
+		f.remember(obj, key, asked)
+		f.mu.Unlock()
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	if f.store.Peek(key.id).Exists { // now, or meanwhile
+		f.store.Grant(obj, key.principal, asked)
+	}
+}
+
+// remember requires f.mu.
+func (f *Fills) remember(obj object.Object, key headKey, asked time.Time) {
 	if at, ok := f.refused[refusal{key.principal, obj.Store}]; ok && !asked.After(at) {
 		return
 	}
@@ -160,6 +167,16 @@ func (f *Fills) grant(obj object.Object, key headKey, asked time.Time) {
 		delete(f.grants, k)
 	}
 	f.grants[key] = memoryGrant{obj.Store, asked}
+}
+
+// keepGrant hands a grant from memory to the cache file that was opened.
+func (f *Fills) keepGrant(obj object.Object, key headKey) {
+	f.mu.Lock()
+	g, ok := f.grants[key]
+	f.mu.Unlock()
+	if ok {
+		f.store.Grant(obj, key.principal, g.asked)
+	}
 }
 
 func (f *Fills) remembers(key headKey) bool {

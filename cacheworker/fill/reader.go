@@ -92,6 +92,12 @@ func (r *Reader) leased() *lease {
 	return r.openLease(nil)
 }
 
+// fresh reports whether nothing of the object is on the disk and no lease has been opened: then that can
+// wait until the store is asked.
+func (r *Reader) fresh() bool {
+	return r.lease.Load() == nil && !r.f.store.Peek(r.id).Exists
+}
+
 // openLease opens the cache file, in place of the lease old.
 func (r *Reader) openLease(old *lease) *lease {
 	r.opening.Lock()
@@ -161,7 +167,7 @@ func (r *Reader) Close() error {
 // ReadAt does what is missing.
 func (r *Reader) Span(off int64, n int) (fd int, release func(), ok bool) {
 	n = r.clip(off, n)
-	if n == 0 {
+	if n == 0 || r.fresh() {
 		return 0, nil, false
 	}
 	l := r.leased()
@@ -228,7 +234,9 @@ func (r *Reader) readAt(ctx context.Context, p []byte, off int64) (int, error) {
 // step reads a piece of at most batch chunks.
 func (r *Reader) step(ctx context.Context, p []byte, off int64) error {
 	first, last := chunkAt(off), chunkAt(off+int64(len(p))-1)
-	if l := r.leased(); l != nil {
+	if r.fresh() {
+		// Ask first.
+	} else if l := r.leased(); l != nil {
 		if has(l, first, last) {
 			n, err := l.file.ReadAt(p, off)
 			complete := l.file.Complete()
@@ -330,6 +338,14 @@ func (r *Reader) join(i int) *chunk {
 
 // absent tells which chunks are neither held nor on the disk, as bits from first on.
 func (r *Reader) absent(held []*chunk, first int) (bits uint) {
+	if r.fresh() {
+		for k, c := range held {
+			if c == nil {
+				bits |= 1 << k
+			}
+		}
+		return bits
+	}
 	l := r.leased()
 	if l != nil && l.file.Evicted() && !has(l, first, first+len(held)-1) {
 		l.release()
@@ -441,10 +457,17 @@ func (r *Reader) readAhead(ctx context.Context, off int64, n int) {
 		return
 	}
 	st := r.streams.note(off, n)
+	if !st.sequential() {
+		return
+	}
+	l := r.leased() // before the window: now it is known whether the object is read through
+	if l != nil {
+		defer l.release()
+	}
 	from, to, get := st.next(r.obj.Chunks(), r.window(), f.cfg.MaxGetBytes)
 	for from < to {
 		end := min(to, from+get)
-		if !r.prefetch(ctx, from, end) {
+		if !r.prefetch(ctx, l, from, end) {
 			break
 		}
 		from = end
@@ -465,12 +488,8 @@ func (r *Reader) window() int64 {
 
 // prefetch asks for the absent ones of the chunks [from, to), and reports whether there was memory
 // for it. Requires r.mu.
-func (r *Reader) prefetch(ctx context.Context, from, to int) bool {
+func (r *Reader) prefetch(ctx context.Context, l *lease, from, to int) bool {
 	f := r.f
-	l := r.leased()
-	if l != nil {
-		defer l.release()
-	}
 	r.prune()
 	for from < to {
 		f.mu.Lock()

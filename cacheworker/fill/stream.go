@@ -10,6 +10,7 @@ const (
 
 // stream is a row of reads that goes forward through a file.
 type stream struct {
+	start   int64 // of its first read
 	end     int64 // behind the read that was farthest
 	run     int64 // bytes read in a row up to end
 	skipped int64 // bytes below end that were passed over and did not come yet
@@ -31,7 +32,7 @@ func (s *streams) note(off int64, n int) *stream {
 	st := s.find(off)
 	if st == nil {
 		st = s.fresh()
-		*st = stream{end: off}
+		*st = stream{start: off, end: off}
 	}
 	st.used = s.tick
 	st.reads++
@@ -82,15 +83,17 @@ func (st *stream) sequential() bool {
 	return st.reads >= 2 && st.run >= minStreamRead && st.skipped <= st.run/2
 }
 
-// next returns the chunks [from, to) that are to be read ahead now, and how many of them make a GET. The
-// window is twice what was read in a row, so that what is fetched in vain is never
-// much more than what was of use.
+// next returns the chunks [from, to) that are to be read ahead now, and how many of them make a
+// GET. The stream is sequential. The window is four times what was read in a row, so that it opens within a few round
+// trips; it begins with a little, or with more where the file is read from its beginning, which hardly anybody
+// does who wants less than all of it.
 func (st *stream) next(chunks int, maxWindow, maxGet int64) (from, to, get int) {
-	if !st.sequential() {
-		return 0, 0, 0
+	least := int64(4 * object.ChunkSize)
+	if st.start == 0 {
+		least *= 2
 	}
-	window := min(max(2*st.run, 2*object.ChunkSize), maxWindow)
-	get = int(max(min(window/4, maxWindow/8, maxGet), object.ChunkSize) / object.ChunkSize)
+	window := min(max(4*st.run, least), maxWindow)
+	get = int(max(min(window/8, maxGet), object.ChunkSize) / object.ChunkSize)
 	from = max(st.ahead, chunkAt(st.end+object.ChunkSize-1))
 	to = min(chunks, chunkAt(st.end+window+object.ChunkSize-1))
 	if to-from < get && to < chunks {
