@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -193,26 +194,26 @@ func TestCallsFailWhenThePeerDies(t *testing.T) {
 
 func TestACallEndsWithItsContext(t *testing.T) {
 	a, b := pair(t)
-	asked, answer := make(chan struct{}), make(chan struct{})
-	run(t, b, func(context.Context, Message, []*os.File) (Message, []*os.File, error) {
-		close(asked)
-		<-answer
-		return Message{}, []*os.File{file(t, "too late")}, nil
-	})
 	p, _ := run(t, a, nil)
+	late := file(t, "too late")
 	before := openFiles(t)
 	ctx, cancel := context.WithCancelCause(t.Context())
 	errs := make(chan error, 1)
 	go func() { _, _, err := p.Call(ctx, Message{Verb: Bind}); errs <- err }()
-	<-asked
+	m, _, err := receive(b, make([]byte, maxMessage), make([]byte, 1000))
+	if err != nil {
+		t.Fatal(err)
+	}
 	cause := errors.New("the caller lost patience")
 	cancel(cause)
 	if err := <-errs; !errors.Is(err, cause) {
 		t.Errorf("got %v", err)
 	}
-	close(answer)
+	if err := send(b, Message{ID: m.ID}, []*os.File{late}); err != nil {
+		t.Fatal(err)
+	}
 	barrier(t, p, b)
-	if now := openFiles(t); now != before+1 { // the file that the handler made is the test's
+	if now := openFiles(t); now != before {
 		t.Errorf("%d descriptors, there were %d: those of a late reply stay open", now, before)
 	}
 }
@@ -234,12 +235,19 @@ func barrier(t *testing.T, p *Peer, other *net.UnixConn) {
 func TestAReplyThatRacesWithTheEndOfItsCallLeavesNoDescriptor(t *testing.T) {
 	a, b := pair(t)
 	shared := file(t, "x")
-	run(t, b, func(context.Context, Message, []*os.File) (Message, []*os.File, error) {
-		fd, err := unix.Dup(int(shared.Fd()))
-		return Message{}, []*os.File{os.NewFile(uintptr(fd), "")}, err
-	})
 	p, _ := run(t, a, nil)
 	before := openFiles(t)
+	var echo sync.WaitGroup
+	echo.Go(func() { // answers in order, so that the barrier is behind all
+		buf, oob := make([]byte, maxMessage), make([]byte, 1000)
+		for {
+			m, _, err := receive(b, buf, oob)
+			if err != nil || m.Verb == Unmount {
+				return
+			}
+			send(b, Message{ID: m.ID}, []*os.File{shared})
+		}
+	})
 	for i := range 300 {
 		ctx, cancel := context.WithCancel(t.Context())
 		if i%2 == 0 {
@@ -251,11 +259,10 @@ func TestAReplyThatRacesWithTheEndOfItsCallLeavesNoDescriptor(t *testing.T) {
 		CloseFiles(files)
 		cancel()
 	}
-	if _, files, err := p.Call(t.Context(), Message{Verb: Bind}); err != nil {
-		t.Error(err)
-	} else {
-		CloseFiles(files)
+	if err := p.send(Message{ID: 1 << 41, Verb: Unmount}, nil); err != nil {
+		t.Fatal(err)
 	}
+	echo.Wait()
 	barrier(t, p, b)
 	if now := openFiles(t); now != before {
 		t.Errorf("%d descriptors, there were %d", now, before)
@@ -291,9 +298,7 @@ func TestDescriptorsThatNobodyTakesAreClosed(t *testing.T) {
 			})
 			oob := rights(t, c.files)
 			before := openFiles(t)
-			if _, _, err := b.WriteMsgUnix([]byte(c.datagram), oob, nil); err != nil {
-				t.Fatal(err)
-			}
+			sendRaw(t, b, []byte(c.datagram), oob)
 			if c.ends {
 				if err := wait(); err != nil {
 					t.Errorf("Run: %v", err)
@@ -307,6 +312,34 @@ func TestDescriptorsThatNobodyTakesAreClosed(t *testing.T) {
 				t.Errorf("%d descriptors, there were %d", now, before)
 			}
 		})
+	}
+}
+
+// sendRaw is sendmsg(2): Go's adds a byte to an empty datagram.
+func sendRaw(t *testing.T, c *net.UnixConn, b, oob []byte) {
+	t.Helper()
+	raw, err := c.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := unix.Msghdr{Control: &oob[0]}
+	h.SetControllen(len(oob))
+	var iov unix.Iovec
+	if len(b) > 0 {
+		iov.Base = &b[0]
+		iov.SetLen(len(b))
+		h.Iov = &iov
+		h.SetIovlen(1)
+	}
+	err = raw.Write(func(fd uintptr) bool {
+		_, _, errno := unix.Syscall(unix.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&h)), 0)
+		if errno != 0 && errno != unix.EAGAIN {
+			t.Errorf("sendmsg: %v", errno)
+		}
+		return errno != unix.EAGAIN
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
