@@ -213,7 +213,7 @@ func TestACallEndsWithItsContext(t *testing.T) {
 		t.Fatal(err)
 	}
 	barrier(t, p, b)
-	if now := openFiles(t); now != before {
+	if now := openFiles(t); now > before { // fewer: the collector closed one of an earlier test
 		t.Errorf("%d descriptors, there were %d: those of a late reply stay open", now, before)
 	}
 }
@@ -264,7 +264,7 @@ func TestAReplyThatRacesWithTheEndOfItsCallLeavesNoDescriptor(t *testing.T) {
 	}
 	echo.Wait()
 	barrier(t, p, b)
-	if now := openFiles(t); now != before {
+	if now := openFiles(t); now > before { // fewer: the collector closed one of an earlier test
 		t.Errorf("%d descriptors, there were %d", now, before)
 	}
 }
@@ -308,7 +308,7 @@ func TestDescriptorsThatNobodyTakesAreClosed(t *testing.T) {
 				barrier(t, p, b)
 				eventuallyAnswered(t, b, c.datagram)
 			}
-			if now := openFiles(t); now != before {
+			if now := openFiles(t); now > before { // fewer: the collector closed one of an earlier test
 				t.Errorf("%d descriptors, there were %d", now, before)
 			}
 		})
