@@ -134,6 +134,9 @@ func (f *Fills) awaitStored(ctx context.Context, c *chunk) error {
 		f.mu.Lock()
 		if c.left || c.elem != nil {
 			defer f.mu.Unlock()
+			if c.elem != nil {
+				return object.ErrNoSpace
+			}
 			return c.err
 		}
 		if c.wake == nil {

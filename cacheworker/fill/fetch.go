@@ -116,8 +116,10 @@ func (f *Fills) run(ctx context.Context, ft *fetch) {
 	}
 	f.mu.Unlock()
 	f.budget.give(paid, 0) // of chunks that were given up meanwhile
-	err := f.get(ctx, ft)
-	if err != nil {
+	if err := f.get(ctx, ft); err != nil {
+		if errors.Is(err, object.ErrDenied) {
+			f.Revoke(ft.principal, ft.obj.Store)
+		}
 		f.fail(ft, err)
 	}
 	f.finish(ft, true)

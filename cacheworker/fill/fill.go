@@ -105,8 +105,8 @@ type Fills struct {
 
 // lost is a version that the store no longer has.
 type lost struct {
-	err   error
-	until time.Time
+	err error
+	at  time.Time
 }
 
 // Stats are counters since the start, except where they say now.
@@ -201,7 +201,7 @@ var errClosed = errors.New("reader or cache is closed")
 // lostErr says why the version cannot be fetched, if that is known. Requires f.mu.
 func (f *Fills) lostErr(id object.ID) error {
 	l, ok := f.lost[id]
-	if ok && time.Now().After(l.until) {
+	if ok && time.Since(l.at) > lostFor {
 		delete(f.lost, id)
 		return nil
 	}
@@ -216,10 +216,10 @@ func (f *Fills) lose(id object.ID, err error) {
 	now := time.Now()
 	if len(f.lost) > 1000 {
 		for k, l := range f.lost {
-			if now.After(l.until) {
+			if now.Sub(l.at) > lostFor {
 				delete(f.lost, k)
 			}
 		}
 	}
-	f.lost[id] = lost{err, now.Add(lostFor)}
+	f.lost[id] = lost{err, now}
 }

@@ -589,6 +589,80 @@ func TestAChangedVersionFailsFastAndCachedChunksGoOn(t *testing.T) {
 	})
 }
 
+func TestAVersionThatIsBackIsReadAgainAtOnce(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, w *world) {
+		data := content(1, 2*mib)
+		obj := w.store.Put("a", data)
+		r := w.open(obj, "alice")
+		defer r.Close()
+		w.store.Put("a", content(2, 2*mib))
+		if err := check(r, data, 0, 100); !errors.Is(err, object.ErrChanged) {
+			t.Errorf("%v", err)
+		}
+		time.Sleep(time.Millisecond)
+		w.store.Put("a", data)
+		if err := check(r, data, 0, 100); !errors.Is(err, object.ErrChanged) {
+			t.Errorf("nobody has said that it is back: %v", err)
+		}
+		w.fills.Grant(obj, r.principal, time.Now())
+		w.read(r, data, 0, 100)
+		w.want("[0+1 0+1]", 0)
+	})
+}
+
+func TestABadChunkIsFetchedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := t.TempDir()
+		data := content(1, 3*mib)
+		w := newWorld(t, nil, Config{})
+		obj := w.store.Put("a", data)
+		for boot, spoil := range []bool{true, false} {
+			cache, err := cachestore.Open(cachestore.Config{Dir: dir, CapacityBytes: 1 << 30, BootID: fmt.Sprint(boot), Log: slog.New(slog.DiscardHandler)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			w.cache, w.fills = cache, New(Config{}, cache)
+			r := w.open(obj, "alice")
+			w.read(r, data, 0, len(data))
+			synctest.Wait()
+			if spoil { // as a power cut may
+				syscall.Pwrite(r.File().Fd(), []byte("not what was there"), mib+1000)
+			}
+			r.Close()
+			w.close()
+			if err := cache.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+		if gets, heads := w.asked(); fmt.Sprint(gets) != "[0+3 1+1]" || heads != 0 {
+			t.Errorf("%v, %d HEADs", gets, heads)
+		}
+	})
+}
+
+func TestCompleteSaysWhenThereIsNoRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, openCache(t, 10*mib), Config{})
+		first := w.open(w.store.Put("a", content(1, 5*mib)), "alice")
+		if err := first.Complete(t.Context()); err != nil {
+			t.Error(err)
+		}
+		second := w.open(w.store.Put("b", content(2, 5*mib)), "alice")
+		third := w.open(w.store.Put("c", content(3, 5*mib)), "alice")
+		if err := errors.Join(second.Complete(t.Context())); err != nil {
+			t.Error(err)
+		}
+		if err := third.Complete(t.Context()); !errors.Is(err, object.ErrNoSpace) {
+			t.Errorf("the cache is full of leased files, and complete says %v", err)
+		}
+		w.read(third, content(3, 5*mib), mib, 2*mib)
+		for _, r := range []*Reader{first, second, third} {
+			r.Close()
+		}
+		w.close()
+	})
+}
+
 func TestADeletedObjectIsNotFound(t *testing.T) {
 	bubble(t, Config{}, func(t *testing.T, w *world) {
 		obj := w.store.Put("a", content(1, mib))

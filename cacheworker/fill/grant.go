@@ -124,8 +124,23 @@ func (f *Fills) ask(ctx context.Context, key headKey, obj object.Object, src sou
 	if now.ID() != key.id {
 		return object.ErrChanged
 	}
-	f.grant(obj, key, asked)
+	f.granted(obj, key, asked)
 	return nil
+}
+
+// Grant notes that the store answered a HEAD of the principal with this version, asked at
+// that time.
+func (f *Fills) Grant(obj object.Object, p object.Principal, asked time.Time) {
+	f.granted(obj, headKey{obj.ID(), p}, asked)
+}
+
+func (f *Fills) granted(obj object.Object, key headKey, asked time.Time) {
+	f.mu.Lock()
+	if l, ok := f.lost[key.id]; ok && asked.After(l.at) { // it is back
+		delete(f.lost, key.id)
+	}
+	f.mu.Unlock()
+	f.grant(obj, key, asked)
 }
 
 // memoryGrant is one for an object for which the cache has no room, so that it has no place

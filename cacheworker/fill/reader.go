@@ -396,7 +396,6 @@ func (r *Reader) copyChunk(ctx context.Context, c *chunk, own bool, p []byte, i 
 		case err == nil || ctx.Err() != nil || r.closed.Load():
 			return err
 		case errors.Is(err, object.ErrDenied) && (c == nil || c.fetch.principal == r.principal):
-			r.f.Revoke(r.principal, r.obj.Store)
 			return err
 		case errors.Is(err, object.ErrDenied): // somebody else's credential
 		case own || retried || errors.Is(err, object.ErrChanged) || errors.Is(err, object.ErrNotFound):

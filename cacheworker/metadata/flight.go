@@ -173,7 +173,7 @@ func slots(p source.Page, dir string) []slot {
 	}
 	out = slices.DeleteFunc(out, func(s slot) bool {
 		name, ok := strings.CutPrefix(strings.TrimSuffix(s.key, "/"), dir)
-		return !ok || !expressible(name)
+		return !ok || !source.ValidName(name)
 	})
 	slices.SortFunc(out, func(a, b slot) int { return strings.Compare(a.key, b.key) })
 	return out

@@ -29,7 +29,7 @@ const (
 	listLimit         = 1024             // entries of one List at most
 	loneHeads         = 3                // HEADs in the unlisted part of a folder before it is listed there
 	deniedMemory      = 10 * time.Minute // for so long a folder whose LIST was refused is not listed for a Lookup
-	maxName           = 255              // bytes, as in other file systems
+	maxTables         = 1024             // above that, those that hold nothing are dropped
 )
 
 // Config of a [Cache]. The zero value works.
@@ -132,10 +132,23 @@ func (c *Cache) View(src source.Source) *View {
 	k := tableKey{src.Store(), src.Principal()}
 	t := c.tables[k]
 	if t == nil {
+		if len(c.tables) >= maxTables {
+			c.dropTables()
+		}
 		t = &table{tableKey: k, folders: map[string]*folder{}}
 		c.tables[k] = t
 	}
 	return &View{c: c, t: t, src: src}
+}
+
+// dropTables forgets the tables that hold nothing: credentials come and go. A view of one goes on with it alone.
+// Requires c.mu.
+func (c *Cache) dropTables() {
+	for k, t := range c.tables {
+		if len(t.folders) == 0 {
+			delete(c.tables, k)
+		}
+	}
 }
 
 // Stats returns the counters.
@@ -171,7 +184,7 @@ func (v *View) Lookup(ctx context.Context, dir, name string, maxAge time.Duratio
 }
 
 func (v *View) lookup(ctx context.Context, dir, name string, maxAge time.Duration) (Entry, error) {
-	if !expressible(name) {
+	if !source.ValidName(name) {
 		return Entry{}, object.ErrNotFound
 	}
 	k := v.c.known(v.t, dir, name, maxAge)
@@ -408,6 +421,7 @@ func newest(segs []*segment, key string) (n *segment) {
 // visible makes entries of a region, up to the first file of which the region does not tell
 // whether a folder hides it: held.
 func (v *View) visible(r region) (entries []Entry, held string) {
+	entries = make([]Entry, 0, len(r.items))
 	folders := map[string]bool{}
 	for _, it := range r.items {
 		if n, ok := strings.CutSuffix(it.name, "/"); ok {
@@ -491,11 +505,6 @@ func (t *table) entry(s slot, name string, seg *segment) Entry {
 		o.ModTime = time.Unix(0, s.mtime).UTC()
 	}
 	return Entry{Name: name, Object: o, At: seg.time()}
-}
-
-// expressible reports whether a path can have name as an element.
-func expressible(name string) bool {
-	return name != "" && name != "." && name != ".." && len(name) <= maxName && !strings.ContainsAny(name, "/\x00")
 }
 
 // above is the smallest key greater than the cookie: a list behind it begins there.

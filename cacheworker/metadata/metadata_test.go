@@ -711,3 +711,11 @@ func checkLookup(t *testing.T, w *world, past map[string]history, plain string, 
 		t.Fatalf("lookup of %q at most %v old: %s; the file was %v, the folder %v", plain, maxAge, got, files, folders)
 	}
 }
+
+func benchStore(testing.TB) *memsource.Store {
+	s := &memsource.Store{}
+	for i := range 5000 {
+		s.Put(fmt.Sprintf("d/f%05d", i), nil)
+	}
+	return s
+}

@@ -8,6 +8,7 @@ import (
 	"context"
 	"crypto/md5"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -119,7 +120,7 @@ func (m *Source) ask(ctx context.Context, r Request) error {
 			return err
 		}
 	}
-	return ctx.Err()
+	return context.Cause(ctx)
 }
 
 func (m *Source) file(key string) (file, error) {
@@ -206,7 +207,7 @@ func (s *Store) names(prefix string) []string {
 
 // Get implements source.Source.
 func (m *Source) Get(ctx context.Context, obj object.Object, off, n int64) (io.ReadCloser, error) {
-	if err := source.CheckRange(obj, off, n); err != nil {
+	if err := errors.Join(source.CheckKey(obj.Key), source.CheckRange(obj, off, n)); err != nil {
 		return nil, err
 	}
 	r := Request{Kind: source.Get, Key: obj.Key, Off: off, N: n}
@@ -236,7 +237,7 @@ func (b *body) Read(p []byte) (int, error) {
 			return 0, err
 		}
 	}
-	if err := b.ctx.Err(); err != nil {
+	if err := context.Cause(b.ctx); err != nil {
 		return 0, err
 	}
 	return b.data.Read(p[:min(len(p), cmp.Or(b.s.Piece, 64<<10))])
