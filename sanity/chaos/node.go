@@ -1,0 +1,134 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/driver/broker"
+	"github.com/larderfs/larder/sanity/stack"
+)
+
+// Parts of a node that are killed.
+const (
+	workerPart = "worker"
+	brokerPart = "broker"
+)
+
+// node is a running `larder up`: master and CSI services in one process, which is not killed;
+// worker and broker are its children.
+type node struct {
+	*stack.Stack
+	broker *broker.Client
+}
+
+func startNode(ctx context.Context, cfg stack.Config) (*node, error) {
+	s, err := stack.Start(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	return &node{Stack: s, broker: broker.NewClient(filepath.Join(s.Dir(), "run", "broker.sock"))}, nil
+}
+
+func (n *node) Close() error { return errors.Join(n.broker.Close(), n.Stack.Close()) }
+
+// pid is that of a part; 0 while it is dead.
+func (n *node) pid(part string) int {
+	entries, _ := os.ReadDir("/proc")
+	for _, e := range slices.Backward(entries) {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || parent(pid) != n.PID() {
+			continue
+		}
+		cmdline, _ := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline"))
+		if args := bytes.Split(cmdline, []byte{0}); len(args) > 1 && string(args[1]) == part {
+			return pid
+		}
+	}
+	return 0
+}
+
+func parent(pid int) int {
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	f := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:])) // behind the name, which may hold anything
+	if len(f) < 2 {
+		return 0
+	}
+	ppid, _ := strconv.Atoi(f[1])
+	return ppid
+}
+
+// process is a part that can be signalled without hitting another one.
+type process struct{ pid, fd int }
+
+// find waits for the part, if it is being restarted; other is a process that it must not be.
+func (n *node) find(ctx context.Context, part string, other int) (process, error) {
+	var p process
+	err := eventually(ctx, part+" is started again", func() bool {
+		if p.pid = n.pid(part); p.pid == 0 || p.pid == other {
+			return false
+		}
+		var err error
+		p.fd, err = unix.PidfdOpen(p.pid, 0)
+		return err == nil
+	})
+	return p, err
+}
+
+func (p process) signal(sig unix.Signal) error { return unix.PidfdSendSignal(p.fd, sig, nil, 0) }
+
+// awaitEnd waits for the end of the process.
+func (p process) awaitEnd(ctx context.Context) error {
+	return eventually(ctx, fmt.Sprintf("process %d ends", p.pid), func() bool {
+		fds := []unix.PollFd{{Fd: int32(p.fd), Events: unix.POLLIN}}
+		k, _ := unix.Poll(fds, 50)
+		return k == 1
+	})
+}
+
+func (p process) close() { unix.Close(p.fd) }
+
+// privileges of a process: its user, and the sum of all its capability sets.
+func (p process) privileges() (uid int, capabilities uint64, err error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.pid))
+	if err != nil {
+		return 0, 0, err
+	}
+	for line := range strings.Lines(string(b)) {
+		name, value, _ := strings.Cut(strings.TrimSpace(line), ":")
+		switch name {
+		case "Uid":
+			uid, err = strconv.Atoi(strings.Fields(value)[1])
+		case "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb":
+			var set uint64
+			set, err = strconv.ParseUint(strings.TrimSpace(value), 16, 64)
+			capabilities |= set
+		}
+		if err != nil {
+			return 0, 0, err
+		}
+	}
+	return uid, capabilities, nil
+}
+
+// mounts are what the broker holds, by volume.
+func (n *node) mounts(ctx context.Context) (map[string]brokerwire.Mount, error) {
+	list, err := n.broker.Mounts(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := map[string]brokerwire.Mount{}
+	for _, m := range list {
+		out[m.VolumeID] = m
+	}
+	return out, nil
+}
