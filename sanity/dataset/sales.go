@@ -56,10 +56,11 @@ func writeQuarter(ctx context.Context, w io.Writer, q int, size int64) error {
 	var second int64 // of stamp
 	var stamp []byte
 	order := int64(q+1) * 1_000_000_000
-	buf := make([]byte, 0, 1<<20)
+	const batch = 64 << 10
+	buf := make([]byte, 0, batch)
 	buf = append(buf, header...)
 	for size > 0 {
-		for len(buf) < 1<<20-256 && int64(len(buf)) < size {
+		for len(buf) < batch-256 && int64(len(buf)) < size {
 			if r.IntN(3) > 0 { // else another item of the same order
 				order++
 				at = at.Add(time.Duration(r.IntN(900)) * time.Millisecond)
