@@ -334,7 +334,7 @@ func (u *up) keep(ctx context.Context, name string, dirs []string, args ...strin
 		if ctx.Err() != nil {
 			return u.stopped(name, err)
 		}
-		if time.Since(start) > maxRestart {
+		if time.Since(start) > steady {
 			wait = minRestart
 		}
 		u.log.Error("child died; it is started again", "child", name, "err", err, "after", wait)
@@ -357,6 +357,7 @@ func (u *up) stopped(name string, err error) error {
 const (
 	minRestart = 10 * time.Millisecond
 	maxRestart = 5 * time.Second
+	steady     = time.Second      // a child that lived that long does not die at each start
 	stopWait   = 20 * time.Second // from SIGTERM to SIGKILL
 )
 
