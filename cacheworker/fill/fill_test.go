@@ -396,7 +396,7 @@ func TestSequentialReadsOpenAWindow(t *testing.T) {
 		w.read(r, data, 0, 128<<10)
 		w.want("[0+1]", 0)
 		w.read(r, data, 128<<10, 128<<10)
-		w.want("[1+1 2+1 3+1 4+1 5+1 6+1 7+1 8+1]", 0)
+		w.want("[1+2 3+2 5+2 7+2]", 0)
 		for off := int64(256 << 10); off < int64(len(data)); off += 128 << 10 {
 			w.read(r, data, off, 128<<10)
 		}

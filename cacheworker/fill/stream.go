@@ -93,7 +93,7 @@ func (st *stream) next(chunks int, maxWindow, maxGet int64) (from, to, get int) 
 		least *= 2
 	}
 	window := min(max(4*st.run, least), maxWindow)
-	get = int(max(min(window/8, maxGet), object.ChunkSize) / object.ChunkSize)
+	get = int(max(min(window/4, maxWindow/8, maxGet), object.ChunkSize) / object.ChunkSize)
 	from = max(st.ahead, chunkAt(st.end+object.ChunkSize-1))
 	to = min(chunks, chunkAt(st.end+window+object.ChunkSize-1))
 	if to-from < get && to < chunks {
