@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"fmt"
 	"slices"
 	"time"
 )
@@ -30,7 +31,12 @@ type kill struct {
 	Counted bool
 	Gap     time.Duration
 	By      string // the reader that saw the gap
-	Starved bool   // by OOM
+}
+
+func (k *kill) String() string {
+	ms := func(ns int64) time.Duration { return time.Duration(ns).Round(time.Millisecond) }
+	return fmt.Sprintf("%8.3f s  %s, %s: dead after %v, back after %v, gap %v (%s), counts: %v",
+		seconds(k.At), k.Target, k.How, ms(k.Dead-k.At), ms(k.Back-k.At), ms(int64(k.Gap)), k.By, k.Counted)
 }
 
 // evaluate says whether a kill counts, and the longest gap that any reader saw: how long one

@@ -20,9 +20,11 @@ type killer struct {
 	rng    *rand.Rand
 	stable []string // volumes that are mounted all the time
 
-	kills   []*kill
-	stops   int // SIGSTOP and SIGCONT without a kill between
-	starved int // kills by the kernel for want of memory
+	takeovers map[string]int   // of the stable volumes, before the last kill
+	since     map[string]int64 // when a part was back the last time
+	kills     []*kill
+	stops     int // SIGSTOP and SIGCONT without a kill between
+	starved   int // kills by the kernel for want of memory
 }
 
 // ways to kill, by weight.
@@ -61,6 +63,7 @@ func (k *killer) counted(part string) (n int) {
 
 // round kills a part once, or twice in a row, in some way, and waits until all is as before.
 func (k *killer) round(ctx context.Context, part string) error {
+	pause(ctx, time.Duration(k.since[part]+int64(settled)-now()))
 	ways := deaths[part]
 	total := 0
 	for _, w := range ways {
@@ -70,47 +73,51 @@ func (k *killer) round(ctx context.Context, part string) error {
 	for pick -= ways[0].weight; pick >= 0; pick -= ways[i].weight {
 		i++
 	}
-	return k.kills1(ctx, part, ways[i].how, ways[i].do)
+	return k.do(ctx, part, ways[i].how, ways[i].do)
 }
 
-// kills1 is round for a way that is chosen.
-func (k *killer) kills1(ctx context.Context, part, how string, do func(*killer, context.Context, string) error) error {
+// settled is how long a part lives at least before it is killed (but for killAgain): what dies
+// more often is started again after longer and longer waits, as it should.
+const settled = 1100 * time.Millisecond
+
+// do is round for a way that is chosen.
+func (k *killer) do(ctx context.Context, part, how string, do func(*killer, context.Context, string) error) error {
 	before := len(k.kills)
-	takeovers, err := k.takeovers(ctx)
-	if err != nil {
+	if err := k.countTakeovers(ctx); err != nil {
 		return err
 	}
 	if err := do(k, ctx, part); err != nil {
 		return fmt.Errorf("%s, %s: %w", part, how, err)
 	}
 	dead := k.kills[before:]
-	if err := k.awaitBack(ctx, part, takeovers, len(dead)); err != nil {
+	if err := k.awaitBack(ctx, part, len(dead)); err != nil {
 		return fmt.Errorf("%s, %s: %w", part, how, err)
 	}
 	back := now()
+	k.since[part] = back
 	for _, d := range dead {
 		d.How, d.Back = how, back
 	}
-	err = eventually(ctx, "what the readers began before ends", func() bool { return k.fleet.caughtUp(back) })
+	err := eventually(ctx, "what the readers began before ends", func() bool { return k.fleet.caughtUp(back) })
 	k.fleet.evaluate(dead...)
 	pause(ctx, time.Duration(k.rng.IntN(150))*time.Millisecond)
 	return err
 }
 
-func (k *killer) takeovers(ctx context.Context) (map[string]int, error) {
+// countTakeovers notes how many there were before a kill. The broker has to live.
+func (k *killer) countTakeovers(ctx context.Context) error {
 	mounts, err := k.node.mounts(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("ask the broker: %w", err)
+		return fmt.Errorf("ask the broker: %w", err)
 	}
-	n := map[string]int{}
 	for _, id := range k.stable {
-		n[id] = mounts[id].Takeovers
+		k.takeovers[id] = mounts[id].Takeovers
 	}
-	return n, nil
+	return nil
 }
 
 // awaitBack waits until broker and worker hold every mount, and the worker answers it.
-func (k *killer) awaitBack(ctx context.Context, part string, before map[string]int, deaths int) error {
+func (k *killer) awaitBack(ctx context.Context, part string, deaths int) error {
 	var lacks string
 	err := eventually(ctx, "every mount is held and served", func() bool {
 		call, cancel := context.WithTimeout(ctx, 5*time.Second)
@@ -128,7 +135,7 @@ func (k *killer) awaitBack(ctx context.Context, part string, before map[string]i
 		}
 		for _, id := range k.stable {
 			m, ok := mounts[id]
-			if !ok || part == workerPart && deaths > 0 && m.Takeovers <= before[id] {
+			if !ok || part == workerPart && deaths > 0 && m.Takeovers <= k.takeovers[id] {
 				lacks = id + " is not back"
 				return false
 			}
@@ -209,7 +216,16 @@ func (k *killer) killAgain(ctx context.Context, part string) error {
 	}
 	defer next.close()
 	pause(ctx, time.Duration(k.rng.IntN(120))*time.Millisecond)
-	return k.end(ctx, part, next)
+	if part == brokerPart {
+		return k.end(ctx, part, next)
+	}
+	from := now()
+	if err := next.signal(unix.SIGSTOP); err != nil { // so that it takes over nothing more
+		return err
+	}
+	err = k.countTakeovers(ctx)
+	k.fleet.stopped(from, now())
+	return errors.Join(err, k.end(ctx, part, next))
 }
 
 // whileStopped does something while a process is stopped.
@@ -292,7 +308,8 @@ func (k *killer) starve(ctx context.Context, part string) error {
 		return k.end(ctx, part, p)
 	}
 	k.starved++
-	d.Dead, d.Starved = now(), true
+	d.At = now() // the kernel's signal came a moment ago; what was asked before is in flight
+	d.Dead = d.At
 	k.kills = append(k.kills, d)
 	return nil
 }

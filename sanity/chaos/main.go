@@ -45,15 +45,15 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == "read" {
 		readMain()
 	}
-	var c config
 	kills := flag.Int("kills", 100, "how many kills have to count, half of them of the worker")
 	seed := flag.Uint64("seed", 0, "seed of what is killed, when and how; 0 means another one each time")
 	out := flag.String("out", "build/chaos.json", "`file` that the rows are written to")
 	keepLog := flag.String("log", "build/chaos.log", "`file` that larder's log is copied to")
+	verbose := flag.Bool("v", false, "print each kill")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
-	c = config{scale: long, kills: *kills, seed: *seed, keepLog: *keepLog, say: os.Stdout}
+	c := config{scale: long, kills: *kills, seed: *seed, keepLog: *keepLog, verbose: *verbose, say: os.Stdout}
 	if c.seed == 0 {
 		c.seed = rand.Uint64N(1 << 32)
 	}
@@ -96,6 +96,7 @@ type config struct {
 	seed    uint64
 	binary  string // larder; "" builds it
 	keepLog string // "" for none
+	verbose bool   // say each kill
 	say     io.Writer
 	// plan kills instead of what the seed says.
 	plan func(context.Context, *killer) error
@@ -215,7 +216,8 @@ func (r *runner) start(ctx context.Context) error {
 		}
 	}
 	r.churn = &churn{node: r.node, fleet: r.fleet, in: r.volume("", hotFolder, "auto"), files: r.data.Hot[1:2]}
-	r.killer = &killer{node: r.node, fleet: r.fleet, churn: r.churn, rng: rand.New(rand.NewPCG(r.seed, 3)), stable: ids}
+	r.killer = &killer{node: r.node, fleet: r.fleet, churn: r.churn, rng: rand.New(rand.NewPCG(r.seed, 3)), stable: ids,
+		takeovers: map[string]int{}, since: map[string]int64{}}
 	return eventually(ctx, "a file is read past the worker", func() bool { return r.fleet.held() > 0 })
 }
 
@@ -279,14 +281,20 @@ func (r *runner) killAll(ctx context.Context) error {
 			return nil
 		}
 		part := workerPart
-		if w >= half || b < half && k.rng.IntN(2) == 0 {
+		if w >= half || b < half && len(k.kills)%2 == 1 {
 			part = brokerPart
 		}
+		before := len(k.kills)
 		if err := k.round(ctx, part); err != nil {
 			return err
 		}
 		if err := r.lookAtWorker(ctx); err != nil {
 			return err
+		}
+		if r.verbose {
+			for _, d := range k.kills[before:] {
+				fmt.Fprintln(r.say, d)
+			}
 		}
 		if len(k.kills)-said >= 50 {
 			said = len(k.kills)
@@ -445,8 +453,7 @@ func (o *outcome) write(file string, w io.Writer) error {
 	}
 	slow := slices.SortedFunc(slices.Values(o.kills), func(a, b *kill) int { return int(b.Gap - a.Gap) })
 	for _, k := range slow[:min(5, len(slow))] {
-		fmt.Fprintf(w, "gap of %v at %.3f s in %s: %s, %s (dead after %v, back after %v)\n", k.Gap.Round(time.Millisecond), seconds(k.At), k.By,
-			k.Target, k.How, time.Duration(k.Dead-k.At).Round(time.Millisecond), time.Duration(k.Back-k.At).Round(time.Millisecond))
+		fmt.Fprintln(w, k)
 	}
 	fmt.Fprintln(w)
 	err = rows.Table(w, []result.Axis{{Key: workerPart, Title: "worker"}, {Key: brokerPart, Title: "broker"}, {Key: "all", Title: "both"}},
