@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"runtime"
 	"time"
 
+	"github.com/larderfs/larder/cacheworker/cachestore"
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/cacheworker/source"
 )
@@ -176,7 +178,9 @@ func (f *Fills) fill(c *chunk, body io.Reader) error {
 		k, err := body.Read(c.buf[n:c.size])
 		if k > 0 {
 			n += k
-			f.progress(c, n)
+			if f.progress(c, n) {
+				runtime.Gosched() // who waits for just this goes first, not the rest of the body
+			}
 		}
 		if err != nil && n < c.size {
 			return unexpected(err)
@@ -216,8 +220,8 @@ func (f *Fills) buffer(size int) []byte {
 	return new([object.ChunkSize]byte)[:size]
 }
 
-// progress says that n bytes of the chunk are here.
-func (f *Fills) progress(c *chunk, n int) {
+// progress says that n bytes of the chunk are here, and reports whether that was waited for.
+func (f *Fills) progress(c *chunk, n int) (woken bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	c.n = n
@@ -225,9 +229,12 @@ func (f *Fills) progress(c *chunk, n int) {
 		f.end(c)
 		f.abandon(c.fetch) // the rest may be of no interest
 	}
-	if n >= c.need || c.over {
-		c.call()
+	if n < c.need && !c.over {
+		return false
 	}
+	woken = c.wake != nil
+	c.call()
+	return woken
 }
 
 // call wakes who waits. Requires Fills.mu.
@@ -238,13 +245,17 @@ func (c *chunk) call() {
 	}
 }
 
-// write opens the cache file, while the store is being asked, and puts chunks there as they
-// become whole.
+// write puts chunks on the disk as they become whole. It makes the cache file with the first
+// of them, because a reader waits for the first bytes and nobody for the file.
 func (f *Fills) write(ft *fetch) {
 	defer f.wg.Done()
-	file, err := f.store.Open(ft.obj)
-	f.keepGrant(ft.obj, headKey{ft.chunks[0].key.id, ft.principal})
+	var file *cachestore.File
+	var err error
 	for c := range ft.stored {
+		if file == nil && err == nil {
+			file, err = f.store.Open(ft.obj)
+			f.keepGrant(ft.obj, headKey{c.key.id, ft.principal})
+		}
 		put := err
 		if put == nil {
 			f.writers <- struct{}{}

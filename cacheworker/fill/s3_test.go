@@ -280,7 +280,7 @@ func BenchmarkColdRandomRead4KAgainstSDK(b *testing.B) {
 }
 
 // settle waits until nothing is in flight.
-func settle(b *testing.B, f *Fills) {
+func settle(b testing.TB, f *Fills) {
 	for {
 		f.mu.Lock()
 		var some *chunk
