@@ -249,14 +249,11 @@ func (b *Broker) welcome(s *session) {
 func (b *Broker) handOver(s *session, m *mount) {
 	ctx, cancel := context.WithTimeout(context.Background(), adoptTimeout)
 	defer cancel()
-	m.adopting.Lock()
-	defer m.adopting.Unlock()
-	if m.gone.Load() || m.serves(s) {
-		return
-	}
 	start := time.Now()
-	if err := m.adopt(ctx, s, false); err != nil {
+	if adopted, err := m.readopt(ctx, s); err != nil {
 		b.cfg.Log.Error("take-over", "volume", m.id, "err", err)
+		return
+	} else if !adopted {
 		return
 	}
 	if err := m.ensureSocket(ctx, s); err != nil {

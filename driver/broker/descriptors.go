@@ -143,7 +143,7 @@ func (b *Broker) takeBack(s *session, in brokerwire.Message, files []*os.File) e
 	}
 	m := &mount{id: in.Mount, path: st.Path, dev: st.Dev, fuse: files[0], memfd: files[1], state: st, server: s, backing: map[int32]struct{}{}}
 	if len(files) == 3 {
-		m.listener = files[2]
+		m.listener, m.heard = files[2], s
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()

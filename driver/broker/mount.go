@@ -32,6 +32,7 @@ type mount struct {
 	dev  uint64 // st_dev of the FUSE file system
 
 	adopting sync.Mutex // one adoption at a time; held across calls to the worker
+	binding  sync.Mutex // one ensureSocket at a time; held until a worker has answered. Taken without adopting
 	gone     atomic.Bool
 
 	fuse *os.File // /dev/fuse
@@ -40,6 +41,7 @@ type mount struct {
 	memfd    *os.File
 	state    brokerwire.State
 	listener *os.File           // nil until the socket is bound
+	heard    *session           // the worker that has the listener
 	server   *session           // the worker it was given to
 	backing  map[int32]struct{} // ids registered in the kernel
 }
@@ -103,15 +105,13 @@ func (b *Broker) mountVolume(ctx context.Context, in brokerwire.Message) error {
 		return err
 	}
 	m.adopting.Lock()
-	defer m.adopting.Unlock()
 	err = m.adopt(ctx, s, true)
+	m.adopting.Unlock()
 	if err == nil {
 		if err := setReadAhead(m.dev, b.cfg.ReadAhead); err != nil { // INIT would have lowered it
 			b.cfg.Log.Warn("read-ahead", "path", m.path, "err", err)
 		}
-		b.mu.Lock()
-		b.mounts[m.id] = m // from here on a worker that dies is followed by the next
-		b.mu.Unlock()
+		b.enlist(m, s)
 		err = m.ensureSocket(ctx, s)
 	}
 	if err != nil {
@@ -120,6 +120,17 @@ func (b *Broker) mountVolume(ctx context.Context, in brokerwire.Message) error {
 	}
 	b.cfg.Log.Info("mounted", "volume", m.id, "path", in.Path, "source", in.Volume.Source)
 	return nil
+}
+
+// enlist adds a mount that s serves: from here on a worker that dies is followed by the next.
+// One that came meanwhile did not find the mount.
+func (b *Broker) enlist(m *mount, s *session) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.mounts[m.id] = m
+	if next := b.worker; next != nil && next != s {
+		b.adoptions.Go(func() { b.handOver(next, m) })
+	}
 }
 
 // newMount mounts and reads the kernel's INIT, which is answered by adopt.
@@ -159,6 +170,17 @@ func (b *Broker) newMount(v brokerwire.Volume, path string) (_ *mount, err error
 	return &mount{id: v.ID, path: path, dev: dev, fuse: fuse, memfd: memfd, state: st, backing: map[int32]struct{}{}}, nil
 }
 
+// readopt is adopt for a mount that lost its worker, unless it has gone or s has it already.
+func (m *mount) readopt(ctx context.Context, s *session) (bool, error) {
+	m.adopting.Lock()
+	defer m.adopting.Unlock()
+	if m.gone.Load() || m.serves(s) {
+		return false, nil
+	}
+	err := m.adopt(ctx, s, false)
+	return err == nil, err
+}
+
 // adopt feeds a worker: it plays the kernel's INIT to it over a socket pair, checks that it
 // answers as the first one did, and sends it the descriptors. Requires m.adopting.
 func (m *mount) adopt(ctx context.Context, s *session, fresh bool) error {
@@ -194,6 +216,9 @@ func (m *mount) adopt(ctx context.Context, s *session, fresh bool) error {
 	}
 	m.mu.Lock()
 	m.server = s
+	if len(files) == 4 && files[3] == m.listener {
+		m.heard = s
+	}
 	m.mu.Unlock()
 	if !fresh {
 		return m.setState(func(st *brokerwire.State) { st.Takeovers++ })
@@ -276,14 +301,39 @@ func sameInit(first, b []byte) error {
 }
 
 // ensureSocket binds domain/<uuid> through the mount and hands the listener to the worker.
-// A worker with another uuid gets a socket of that name. Requires m.adopting.
+// A worker with another uuid gets a socket of that name. If s dies meanwhile, whoever comes
+// after it is asked instead: adopting is free.
 func (m *mount) ensureSocket(ctx context.Context, s *session) error {
+	m.binding.Lock()
+	defer m.binding.Unlock()
 	m.mu.Lock()
 	bound := m.state.Socket
 	m.mu.Unlock()
-	if bound == s.uuid {
+	if bound != s.uuid {
+		if err := m.bindSocket(ctx, s); err != nil {
+			return err
+		}
+	}
+	m.mu.Lock()
+	s, l, heard := m.server, m.listener, m.heard
+	m.mu.Unlock()
+	if l == nil || heard == s {
 		return nil
 	}
+	_, _, err := s.peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Listen, Mount: m.id}, l)
+	if errors.Is(err, object.ErrUnavailable) {
+		return nil // it has died: the next one gets the listener with the mount
+	}
+	if err == nil {
+		m.mu.Lock()
+		m.heard = s
+		m.mu.Unlock()
+	}
+	return err
+}
+
+// bindSocket makes domain/<uuid>. Requires m.binding.
+func (m *mount) bindSocket(ctx context.Context, s *session) error {
 	type result struct {
 		l   *os.File
 		err error
@@ -306,16 +356,12 @@ func (m *mount) ensureSocket(ctx context.Context, s *session) error {
 	}
 	m.mu.Lock()
 	old := m.listener
-	m.listener = l
+	m.listener, m.heard = l, nil
 	m.mu.Unlock()
 	if old != nil {
 		old.Close()
 	}
-	if err := m.setState(func(st *brokerwire.State) { st.Socket = s.uuid }); err != nil {
-		return err
-	}
-	_, _, err := s.peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Listen, Mount: m.id}, l)
-	return err
+	return m.setState(func(st *brokerwire.State) { st.Socket = s.uuid })
 }
 
 func (m *mount) volume() brokerwire.Volume {
