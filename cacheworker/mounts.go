@@ -109,16 +109,28 @@ func (ms *mounts) setPeer(p *brokerwire.Peer) {
 // giveBack gives a broker that was restarted what it held before.
 func (ms *mounts) giveBack(ctx context.Context, peer *brokerwire.Peer) {
 	for id, h := range ms.all() {
-		device, memfd := h.Hold()
-		files := []*os.File{device, memfd}
-		if h.listener != nil {
-			files = append(files, h.listener)
-		}
-		_, _, err := peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Give, Mount: id}, files...)
-		if err != nil && !errors.Is(err, brokerwire.ErrExists) {
+		if err := give(ctx, peer, id, h); err != nil && !errors.Is(err, brokerwire.ErrExists) {
 			ms.w.log.Error("give mount back", "volume", id, "err", err)
 		}
 	}
+	if _, _, err := peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Given}); err != nil {
+		ms.w.log.Error("tell the broker that all is given back", "err", err)
+	}
+}
+
+func give(ctx context.Context, peer *brokerwire.Peer, id string, h *held) error {
+	device, memfd, ids := h.Hold()
+	backings, err := brokerwire.NewBackings(ids)
+	if err != nil {
+		return err
+	}
+	defer backings.Close()
+	files := []*os.File{device, memfd, backings}
+	if h.listener != nil {
+		files = append(files, h.listener)
+	}
+	_, _, err = peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Give, Mount: id}, files...)
+	return err
 }
 
 func (ms *mounts) all() map[string]*held {
@@ -245,7 +257,7 @@ func (ms *mounts) reload(id string) error {
 	if h == nil {
 		return fmt.Errorf("volume %q is not served here: %w", id, object.ErrNotFound)
 	}
-	_, memfd := h.Hold()
+	_, memfd, _ := h.Hold()
 	st, err := brokerwire.ReadState(memfd)
 	if err != nil {
 		return err
@@ -332,8 +344,14 @@ func (ms *mounts) call(ctx context.Context, m brokerwire.Message, files ...*os.F
 	}
 }
 
+// brokerPatience is how long an open waits for a broker that is being restarted. Without one
+// the file is read through the worker.
+const brokerPatience = 2 * time.Second
+
 // Register implements fusefs.Broker.
 func (ms *mounts) Register(ctx context.Context, volumeID string, node uint64, f *os.File) (int32, error) {
+	ctx, cancel := context.WithTimeout(ctx, brokerPatience)
+	defer cancel()
 	r, err := ms.call(ctx, brokerwire.Message{Verb: brokerwire.Register, Mount: volumeID, Node: node}, f)
 	return r.Backing, err
 }

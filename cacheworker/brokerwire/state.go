@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"hash/crc64"
+	"io"
 	"os"
 	"time"
 
@@ -153,4 +154,39 @@ func DecodeSlot(b []byte) (State, error) {
 		return State{}, fmt.Errorf("state header names no volume or path: %w", object.ErrInvalid)
 	}
 	return s, nil
+}
+
+// NewBackings makes a file of backing ids, which can be too many for a message.
+func NewBackings(ids []int32) (*os.File, error) {
+	fd, err := unix.MemfdCreate("larder-backings", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("memfd: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "backings")
+	b := make([]byte, 0, 4*len(ids))
+	for _, id := range ids {
+		b = binary.LittleEndian.AppendUint32(b, uint32(id))
+	}
+	if _, err := f.WriteAt(b, 0); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("memfd: %w", err)
+	}
+	return f, nil
+}
+
+// ReadBackings reads what NewBackings made, from a peer who may have made it otherwise.
+func ReadBackings(f *os.File) (map[int32]struct{}, error) {
+	const most = 4 << 24 // bytes
+	b, err := io.ReadAll(io.NewSectionReader(f, 0, most+1))
+	if err != nil {
+		return nil, fmt.Errorf("backing ids: %w", err)
+	}
+	if len(b)%4 != 0 || len(b) > most {
+		return nil, fmt.Errorf("backing ids of %d bytes: %w", len(b), object.ErrInvalid)
+	}
+	ids := make(map[int32]struct{}, len(b)/4)
+	for ; len(b) > 0; b = b[4:] {
+		ids[int32(binary.LittleEndian.Uint32(b))] = struct{}{}
+	}
+	return ids, nil
 }

@@ -52,7 +52,8 @@ const (
 	Drop   Verb = "drop"   // Mount: it is gone
 
 	// Worker to broker.
-	Give       Verb = "give"       // Mount; fds: /dev/fuse, state memfd, [listener]: after the broker's death
+	Give       Verb = "give"       // Mount; fds: /dev/fuse, state memfd, live backing ids (see Backings), [listener]: after the broker's death
+	Given      Verb = "given"      // all that this worker holds was given: what nobody holds is dead
 	Register   Verb = "register"   // Mount, Node; fd: the file. reply: Backing
 	Unregister Verb = "unregister" // Mount, Backing
 	Replace    Verb = "replace"    // Mount; fd: a compacted state memfd

@@ -14,11 +14,11 @@ import (
 // dirStream is an open directory. Its position is the cookie that the kernel brings: the
 // node id of the last entry it took, so that another worker can go on behind that name.
 type dirStream struct {
-	opened time.Time
-
 	mu      sync.Mutex // guards the fields below; held across requests to the store
+	opened  time.Time
+	at      uint64 // offset behind which pending begins; 0 is the start
 	pending []metadata.Entry
-	after   string // cookie of the metadata behind which pending begins
+	after   string // the same place as a cookie of the metadata
 	more    bool
 	last    []*node // the entries of the last reply: pinned, the kernel may ask to go on behind any
 }
@@ -61,23 +61,28 @@ func (m *Mount) stream(fh uint64) *dirStream {
 	if s == nil {
 		s = &dirStream{opened: time.Now(), more: true}
 		m.dirs[fh] = s
-		m.nextDir = max(m.nextDir, fh+1)
 	}
 	return s
 }
 
 // pin replaces the nodes that the directory's position may be. Requires s.mu.
 func (m *Mount) pin(s *dirStream, last []*node) {
+	var dropped []*node
 	m.table.mu.Lock()
-	defer m.table.mu.Unlock()
 	for _, n := range last {
 		n.pins++
 	}
 	for _, n := range s.last {
 		n.pins--
-		m.table.drop(n)
+		if m.table.drop(n) != nil && n.file != nil {
+			dropped = append(dropped, n)
+		}
 	}
 	s.last = last
+	m.table.mu.Unlock()
+	for _, n := range dropped {
+		m.letGo(n)
+	}
 }
 
 // ReadDir implements fuse.RawFileSystem.
@@ -131,7 +136,7 @@ func (m *Mount) readDir(cancel <-chan struct{}, in *fuse.ReadIn, add adder) fuse
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !m.seek(s, off) {
-		return fuse.EIO
+		return fuse.ENOENT
 	}
 	return m.readEntries(ctx, dir, s, add)
 }
@@ -156,28 +161,23 @@ func (m *Mount) readFixed(dir *node, off uint64, add adder) fuse.Status {
 
 // seek puts the stream behind the entry whose offset the kernel brings. Requires s.mu.
 func (m *Mount) seek(s *dirStream, off uint64) bool {
+	if off == s.at {
+		return true
+	}
 	if off == dotdotOff {
-		if s.after != "" { // rewinddir
-			s.after, s.pending, s.more, s.opened = "", nil, true, time.Now()
+		if s.at != 0 { // rewinddir
+			s.at, s.after, s.pending, s.more, s.opened = 0, "", nil, true, time.Now()
 		}
 		return true
 	}
 	n := m.table.get(off - fixedOff)
 	if n == nil {
+		n = m.table.recall(off - fixedOff)
+	}
+	if n == nil {
 		return false
 	}
-	cookie := metadata.Entry{Name: n.name, Folder: n.kind == dirKind}.Cookie()
-	if cookie == s.after {
-		return true
-	}
-	for i, e := range s.pending {
-		if e.Cookie() == cookie {
-			s.pending = s.pending[i+1:]
-			s.after = cookie
-			return true
-		}
-	}
-	s.after, s.pending, s.more = cookie, nil, true
+	s.at, s.after, s.pending, s.more = off, metadata.Entry{Name: n.name, Folder: n.kind == dirKind}.Cookie(), nil, true
 	return true
 }
 
@@ -192,8 +192,14 @@ func (m *Mount) readEntries(ctx context.Context, dir *node, s *dirStream, add ad
 		}
 		s.pending, s.more = es, more
 	}
-	var last []*node
-	defer func() { m.pin(s, last) }()
+	if last := m.fill(dir, s, add); len(last) > 0 { // else the position stays
+		m.pin(s, last)
+	}
+	return fuse.OK
+}
+
+// fill adds entries while there is room, and returns their nodes. Requires s.mu.
+func (m *Mount) fill(dir *node, s *dirStream, add adder) (added []*node) {
 	m.table.mu.Lock()
 	defer m.table.mu.Unlock()
 	for len(s.pending) > 0 {
@@ -207,11 +213,12 @@ func (m *Mount) readEntries(ctx context.Context, dir *node, s *dirStream, add ad
 			ent.Ino = inode(id[:])
 		}
 		if !add(ent, n, e.At) {
+			m.table.drop(n) // if it is new
 			break
 		}
-		last = append(last, n)
+		added = append(added, n)
 		s.pending = s.pending[1:]
-		s.after = e.Cookie()
+		s.at, s.after = ent.Off, e.Cookie()
 	}
-	return fuse.OK
+	return added
 }

@@ -83,6 +83,7 @@ const (
 	erofs  = fuse.Status(syscall.EROFS)
 	estale = fuse.Status(syscall.ESTALE)
 
+	maxName      = 255       // bytes
 	attrTimeout  = time.Hour // of a node: an incarnation's attributes never change
 	interruptLag = 2 * time.Second
 )
@@ -103,6 +104,8 @@ type Mount struct {
 	bindMu sync.Mutex // guards uuid
 	uuid   string     // name of the socket that may be bound
 
+	backMu     sync.Mutex     // guards ended
+	ended      bool           // nothing is started in the background any more
 	background sync.WaitGroup // requests to the broker that no caller waits for
 	closed     context.Context
 	close      context.CancelFunc
@@ -114,12 +117,46 @@ func newMount(cfg Config, log *os.File, uuid string) *Mount {
 		cfg:           cfg,
 		table:         newTable(log, cfg.Dataset.Store(), cfg.Dataset.Root()),
 		dirs:          map[uint64]*dirStream{},
-		nextDir:       1,
+		nextDir:       uint64(time.Now().UnixNano()), // none of an earlier worker's, which the kernel may still have
 		uuid:          uuid,
 	}
 	m.data.Store(cfg.Dataset)
 	m.closed, m.close = context.WithCancel(context.Background())
+	m.table.grown = func() { m.later(m.compact) }
 	return m
+}
+
+// later runs f in the background, unless the mount has ended.
+func (m *Mount) later(f func()) {
+	m.backMu.Lock()
+	defer m.backMu.Unlock()
+	if !m.ended {
+		m.background.Go(f)
+	}
+}
+
+// finish waits for what runs in the background.
+func (m *Mount) finish() {
+	m.close()
+	m.backMu.Lock()
+	m.ended = true
+	m.backMu.Unlock()
+	m.background.Wait()
+}
+
+// compact makes the node table's log as small as what is alive, and hands it to the broker.
+func (m *Mount) compact() {
+	fresh, err := m.table.startCompaction()
+	if err == nil {
+		err = m.cfg.Broker.Replace(m.closed, m.cfg.Volume.ID, fresh)
+		if m.closed.Err() != nil {
+			return // the broker may have taken it or not: both logs are written to the end
+		}
+	}
+	if err != nil {
+		m.cfg.Log.Warn("compact node table", "volume", m.cfg.Volume.ID, "err", err)
+	}
+	m.table.settle(err == nil)
 }
 
 // SetDataset gives the mount new credentials.
@@ -170,7 +207,10 @@ func (m *Mount) requestContext(cancel <-chan struct{}) (context.Context, context
 func (m *Mount) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
 	parent := m.table.get(h.NodeId)
 	if parent == nil {
-		return fuse.ENOENT
+		return estale
+	}
+	if len(name) > maxName {
+		return fuse.Status(syscall.ENAMETOOLONG)
 	}
 	switch parent.kind {
 	case rootKind, domainKind:
@@ -333,7 +373,7 @@ func (m *Mount) unregister(backing int32) {
 	if backing == 0 {
 		return
 	}
-	m.background.Go(func() {
+	m.later(func() {
 		if err := m.cfg.Broker.Unregister(m.closed, m.cfg.Volume.ID, backing); err != nil && m.closed.Err() == nil {
 			m.cfg.Log.Warn("close backing file", "volume", m.cfg.Volume.ID, "backing", backing, "err", err)
 		}
@@ -346,11 +386,8 @@ func (m *Mount) Evicted(id object.ID) {
 	var backings []int32
 	m.table.mu.Lock()
 	for _, n := range slices.Clone(m.table.backed[id]) {
-		if f := n.file; f.mode == passthrough && f.opens == 0 && f.backing != 0 {
-			backings = append(backings, f.backing)
-			m.table.setBacking(n, 0)
-			f.stale = true
-		}
+		n.file.evicted = true
+		backings = append(backings, m.retire(n))
 	}
 	m.table.mu.Unlock()
 	for _, b := range backings {
@@ -358,12 +395,25 @@ func (m *Mount) Evicted(id object.ID) {
 	}
 }
 
+// retire takes the backing file from a node whose cache file was evicted, once nobody has it
+// open. It returns the id to unregister, 0 for none. Requires table.mu.
+func (m *Mount) retire(n *node) int32 {
+	f := n.file
+	if !f.evicted || f.opens > 0 || f.backing == 0 {
+		return 0
+	}
+	id := f.backing
+	m.table.setBacking(n, 0)
+	f.stale = true
+	return id
+}
+
 // StatFs implements fuse.RawFileSystem. The size is the cache's: a dataset's own is not known
 // without listing all of it.
 func (m *Mount) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
 	total, used := m.data.Load().Capacity()
 	const bsize = 4096
-	out.Bsize, out.Frsize, out.NameLen = bsize, bsize, 255
+	out.Bsize, out.Frsize, out.NameLen = bsize, bsize, maxName
 	out.Blocks = uint64(total / bsize)
 	out.Bfree = uint64(max(0, total-used) / bsize)
 	return fuse.OK // Bavail is 0: nobody can write here

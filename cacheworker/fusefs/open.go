@@ -10,14 +10,19 @@ import (
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/fill"
+	"github.com/larderfs/larder/cacheworker/metadata"
 	"github.com/larderfs/larder/cacheworker/object"
 )
 
 const (
-	writing = syscall.O_ACCMODE | syscall.O_TRUNC | syscall.O_APPEND | syscall.O_CREAT
+	writing = syscall.O_ACCMODE | syscall.O_TRUNC
 
 	// slack is added to freshness at open: the look-up of the same open(2) was just before.
 	slack = time.Second
+
+	// registerWait is how long an open waits for a broker that is being restarted; then the
+	// file is read without passthrough.
+	registerWait = 2 * time.Second
 
 	// spliceMax is the largest READ that is spliced: a pipe holds 1 MiB, and go-fuse wants
 	// header and payload in one.
@@ -47,7 +52,7 @@ func (m *Mount) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut)
 		m.cfg.Counters.Stale.Add(1)
 		return estale
 	}
-	if !current && m.changed(n) {
+	if !current && m.gone(n) {
 		return estale // a bind mount of a single file leads here: the kernel cannot look it up again
 	}
 	n.file.mu.Lock()
@@ -65,37 +70,35 @@ func (m *Mount) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut)
 // known of it is too old, and whether it is in the mode that a new node would be.
 func (m *Mount) current(ctx context.Context, n *node) (bool, error) {
 	m.table.mu.RLock()
-	stale, checked := n.file.stale, n.file.checked
+	gone, checked := n.file.gone, n.file.checked
 	m.table.mu.RUnlock()
-	if stale {
-		return false, nil
-	}
-	d := m.data.Load()
-	if time.Since(checked) > d.Freshness+slack {
+	if d := m.data.Load(); !gone && time.Since(checked) > d.Freshness+slack {
 		e, err := d.Lookup(ctx, n.parent.key, n.name, d.Freshness)
-		if errors.Is(err, object.ErrNotFound) {
-			m.setStale(n)
-			return false, nil
-		}
-		if err != nil {
+		if err != nil && !errors.Is(err, object.ErrNotFound) {
 			return false, err
 		}
-		m.table.mu.Lock()
-		defer m.table.mu.Unlock()
-		return m.enter(n.parent, e) == n, nil
-	}
-	if n.file.mode == m.wantedMode(m.table.objectOf(n)) {
-		return true, nil
+		m.found(n, e, err == nil)
 	}
 	m.table.mu.RLock()
 	defer m.table.mu.RUnlock()
-	return m.usable(n.file), nil
+	return !n.file.stale && (n.file.mode == m.wantedMode(m.table.objectOf(n)) || m.usable(n.file)), nil
 }
 
-func (m *Mount) setStale(n *node) {
+// found notes what a file's name leads to now, if to anything.
+func (m *Mount) found(n *node, e metadata.Entry, ok bool) {
 	m.table.mu.Lock()
 	defer m.table.mu.Unlock()
-	n.file.stale = true
+	if !ok || e.Folder || !n.file.of(e.Object) {
+		m.table.supersede(n, true)
+		return
+	}
+	n.file.checked = e.At
+}
+
+func (m *Mount) setGone(n *node) {
+	m.table.mu.Lock()
+	defer m.table.mu.Unlock()
+	m.table.supersede(n, true)
 }
 
 // firstTold notes that a thread is answered ESTALE. The same thread comes again only if its
@@ -114,15 +117,11 @@ func (m *Mount) firstTold(n *node, thread uint32) bool {
 	return true
 }
 
-// changed reports whether the name leads to another object, not just to another mode.
-func (m *Mount) changed(n *node) bool {
+// gone reports whether the name leads to another object, not just to another mode.
+func (m *Mount) gone(n *node) bool {
 	m.table.mu.RLock()
 	defer m.table.mu.RUnlock()
-	now := m.table.names[childKey{n.parent.id, n.name}]
-	if now == n || now == nil || now.file == nil {
-		return n.file.stale
-	}
-	return now.file.version != n.file.version || now.file.size != n.file.size
+	return n.file.gone
 }
 
 // hold returns the node's reader, opened if it was not. opening counts an open file; a READ
@@ -132,7 +131,7 @@ func (m *Mount) hold(n *node, opening bool) *fill.Reader {
 	defer m.table.mu.Unlock()
 	f := n.file
 	if opening || f.opens == 0 {
-		f.opens++
+		m.table.setOpens(n, f.opens+1)
 		f.opened++
 	}
 	if !opening {
@@ -148,7 +147,7 @@ func (m *Mount) unhold(n *node, opening bool) {
 	m.table.mu.Lock()
 	f := n.file
 	if opening {
-		f.opens = max(0, f.opens-1)
+		m.table.setOpens(n, f.opens-1)
 	} else {
 		f.reading--
 	}
@@ -156,10 +155,12 @@ func (m *Mount) unhold(n *node, opening bool) {
 	if f.opens == 0 && f.reading == 0 {
 		r, f.reader = f.reader, nil
 	}
+	backing := m.retire(n)
 	m.table.mu.Unlock()
 	if r != nil {
 		r.Close()
 	}
+	m.unregister(backing)
 }
 
 // answerOpen opens in the node's mode. Requires n.file.mu.
@@ -181,10 +182,16 @@ func (m *Mount) answerOpen(ctx context.Context, n *node, r *fill.Reader, out *fu
 }
 
 // backing is the id of the node's backing file, registered now if it was not. It stays
-// until the kernel forgets the node or the cache file is evicted.
+// until the kernel forgets the node or the cache file is evicted. Requires n.file.mu.
 func (m *Mount) backing(ctx context.Context, n *node, r *fill.Reader) (int32, error) {
-	if id := n.file.backing; id != 0 { // set only under n.file.mu, and by Evicted while nothing is open
+	m.table.mu.RLock()
+	id, others := n.file.backing, n.file.opens > 1
+	m.table.mu.RUnlock()
+	if id != 0 {
 		return id, nil
+	}
+	if others { // opened without: what one of them has mapped is in the page cache, and the kernel mixes nothing
+		return 0, errors.New("open without passthrough already")
 	}
 	file := r.File()
 	if file == nil {
@@ -195,7 +202,9 @@ func (m *Mount) backing(ctx context.Context, n *node, r *fill.Reader) (int32, er
 		return 0, err
 	}
 	defer view.Close()
-	id, err := m.cfg.Broker.Register(ctx, m.cfg.Volume.ID, n.id, view)
+	wait, stop := context.WithTimeout(ctx, registerWait)
+	defer stop()
+	id, err = m.cfg.Broker.Register(wait, m.cfg.Volume.ID, n.id, view)
 	if err != nil {
 		if errors.Is(err, object.ErrDenied) && m.pass.Swap(false) {
 			m.cfg.Log.Error("passthrough is off: the broker refuses our files", "volume", m.cfg.Volume.ID, "err", err)
@@ -205,6 +214,7 @@ func (m *Mount) backing(ctx context.Context, n *node, r *fill.Reader) (int32, er
 	m.table.mu.Lock()
 	defer m.table.mu.Unlock()
 	m.table.setBacking(n, id)
+	n.file.evicted = file.Evicted() // Evicted was called, perhaps, when the node had no backing file yet
 	return id, nil
 }
 
@@ -228,7 +238,7 @@ func (m *Mount) completeMaybe(n *node, r *fill.Reader) {
 // failed is status for reads and opens: a version that has gone ends the node.
 func (m *Mount) failed(op string, n *node, err error) fuse.Status {
 	if errors.Is(err, object.ErrChanged) || errors.Is(err, object.ErrNotFound) {
-		m.setStale(n)
+		m.setGone(n)
 		m.data.Load().Changed(n.parent.key + n.name)
 		return estale
 	}

@@ -113,6 +113,7 @@ func (s *Served) Detach() error {
 	if err := unix.Dup3(int(null.Fd()), s.fd, unix.O_CLOEXEC); err != nil {
 		return fmt.Errorf("detach: %w", err)
 	}
+	s.table.detach()
 	s.close()
 	return nil
 }
@@ -132,8 +133,7 @@ func (s *Served) askAgain() {
 // End lets go of a mount that is unmounted.
 func (s *Served) End() {
 	s.once.Do(func() {
-		s.close()
-		s.background.Wait()
+		s.finish()
 		s.table.mu.Lock()
 		defer s.table.mu.Unlock()
 		for _, n := range s.table.nodes {
@@ -153,11 +153,17 @@ func (m *Mount) Passthrough() bool { return m.pass.Load() }
 // Resend reports whether requests survive the worker that read them.
 func (m *Mount) Resend() bool { return m.resend }
 
-// Hold returns what the broker is given back after its death. They stay the mount's.
-func (s *Served) Hold() (device, memfd *os.File) {
+// Hold returns what the broker is given back after its death: the files, which stay the
+// mount's, and the backing ids that nodes have.
+func (s *Served) Hold() (device, memfd *os.File, backings []int32) {
 	s.table.mu.RLock()
 	defer s.table.mu.RUnlock()
-	return s.device, s.table.log
+	for _, nodes := range s.table.backed {
+		for _, n := range nodes {
+			backings = append(backings, n.file.backing)
+		}
+	}
+	return s.device, s.table.log, backings
 }
 
 // Stats of the mount.

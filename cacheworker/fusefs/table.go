@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -65,13 +66,15 @@ type file struct {
 	mode    mode
 
 	// Guarded by the mutex of the table.
-	checked time.Time           // when the name last led here
-	stale   bool                // the name leads elsewhere now
+	checked time.Time           // when the name last led to this object
+	stale   bool                // another node is opened instead: the name leads elsewhere, or the mode has had its time
+	gone    bool                // the name leads to another object, or to nothing
 	told    map[uint32]struct{} // threads that were answered ESTALE
-	opens   int                 // a hint: not exact across a SIGKILL
+	opens   int                 // never too few in passthrough mode; across a SIGKILL it may be too many
 	opened  int                 // in all
 	reading int                 // READs under way
 	backing int32               // id in the kernel, 0 if none
+	evicted bool                // the backing file was unlinked while it was open
 	reader  *fill.Reader        // while it is open or being read
 
 	mu sync.Mutex // serialises opens of one node; held across requests to store and broker
@@ -87,21 +90,33 @@ type childKey struct {
 type table struct {
 	store object.Store
 
-	mu    sync.RWMutex // guards everything below and the fields of nodes
-	nodes map[uint64]*node
-	names map[childKey]*node // where a name leads now
-	next  uint64
+	mu     sync.RWMutex // guards everything below and the fields of nodes
+	nodes  map[uint64]*node
+	names  map[childKey]*node // where a name leads now
+	nextID uint64
 
 	backed map[object.ID][]*node // nodes with a backing file
 
 	log     *os.File
 	end     int64 // of the log
 	scratch []byte
+
+	limit      int64    // of end, where the log is to be compacted
+	grown      func()   // called once with mu held when end is beyond it; has compaction done
+	compacting bool     // it was called, and settle was not
+	next       *os.File // while a compacted log is handed over: both are written
+	nextEnd    int64
 }
 
+// The log is compacted when it has grown beyond both.
+const (
+	minCompact    = 16 << 20 // bytes
+	compactFactor = 4        // times what was alive at the last time
+)
+
 func newTable(log *os.File, store object.Store, dataKey string) *table {
-	t := &table{store: store, nodes: map[uint64]*node{}, names: map[childKey]*node{}, next: firstFree,
-		backed: map[object.ID][]*node{}, log: log, end: brokerwire.StateLog}
+	t := &table{store: store, nodes: map[uint64]*node{}, names: map[childKey]*node{}, nextID: firstFree,
+		backed: map[object.ID][]*node{}, log: log, end: brokerwire.StateLog, limit: brokerwire.StateLog + minCompact}
 	root := &node{id: rootID, kind: rootKind, lookups: 1}
 	root.parent = root
 	t.add(root)
@@ -136,7 +151,7 @@ func (t *table) folder(parent *node, name string) *node {
 	if n != nil && n.kind == dirKind {
 		return n
 	}
-	t.supersede(n)
+	t.supersede(n, true)
 	n = &node{id: t.newID(), parent: parent, name: name, key: parent.key + name + "/", kind: dirKind}
 	t.add(n)
 	t.append(nodeRecord(t.scratch[:0], n))
@@ -147,12 +162,12 @@ func (t *table) folder(parent *node, name string) *node {
 // wanted mode, or usable in its own; otherwise a new one, and the old one is stale.
 func (t *table) incarnation(parent *node, obj object.Object, name string, want mode, now time.Time, usable func(*file) bool) *node {
 	n := t.names[childKey{parent.id, name}]
-	if n != nil && n.kind == fileKind && n.file.version == obj.Version && n.file.size == obj.Size && !n.file.stale &&
-		(n.file.mode == want || usable(n.file)) {
+	same := n != nil && n.kind == fileKind && n.file.of(obj)
+	if same && !n.file.stale && (n.file.mode == want || usable(n.file)) {
 		n.file.checked = now
 		return n
 	}
-	t.supersede(n)
+	t.supersede(n, !same)
 	n = &node{id: t.newID(), parent: parent, name: name, kind: fileKind,
 		file: &file{version: obj.Version, size: obj.Size, mtime: obj.ModTime, mode: want, checked: now}}
 	t.add(n)
@@ -160,21 +175,26 @@ func (t *table) incarnation(parent *node, obj object.Object, name string, want m
 	return n
 }
 
-// socket makes the node of domain/<name>; sockets of other names are those of workers that
-// will not come back.
+// of reports whether it is an incarnation of the object, given that the key is the same.
+func (f *file) of(obj object.Object) bool { return f.version == obj.Version && f.size == obj.Size }
+
+// socket makes the node of domain/<name>.
 func (t *table) socket(name string) *node {
-	for _, id := range t.fixed(t.nodes[domainID]) {
-		if n := t.nodes[id]; n.name != name {
-			delete(t.names, childKey{domainID, n.name})
-		}
-	}
 	if n := t.names[childKey{domainID, name}]; n != nil {
 		return n
 	}
 	n := &node{id: t.newID(), parent: t.nodes[domainID], name: name, kind: socketKind}
-	t.add(n)
+	t.onlySocket(n)
 	t.append(nodeRecord(t.scratch[:0], n))
 	return n
+}
+
+// onlySocket adds a socket; those of other names are of workers that will not come back.
+func (t *table) onlySocket(n *node) {
+	for _, id := range t.fixed(t.nodes[domainID]) {
+		delete(t.names, childKey{domainID, t.nodes[id].name})
+	}
+	t.add(n)
 }
 
 // fixed are the nodes that the root or domain/ shows, by id.
@@ -205,14 +225,24 @@ func (t *table) setBacking(n *node, id int32) {
 }
 
 func (t *table) newID() uint64 {
-	t.next++
-	return t.next - 1
+	t.nextID++
+	return t.nextID - 1
 }
 
-// supersede marks a file's node: the next open of it looks the name up again.
-func (t *table) supersede(n *node) {
+// supersede marks a file's node: the next open of it looks the name up again. gone says that
+// the object is another one, not just the mode.
+func (t *table) supersede(n *node, gone bool) {
 	if n != nil && n.kind == fileKind {
 		n.file.stale = true
+		n.file.gone = n.file.gone || gone
+	}
+}
+
+// setOpens notes how often a file is open.
+func (t *table) setOpens(n *node, opens int) {
+	n.file.opens = max(0, opens)
+	if n.file.mode == passthrough {
+		t.append(countRecord(t.scratch[:0], recOpens, n.id, uint32(n.file.opens)))
 	}
 }
 
@@ -249,27 +279,28 @@ func (t *table) drop(n *node) *node {
 	return n
 }
 
-// Records of the log: length of the body (u16), kind (u8), body, CRC-32C of all before it.
+// Records of the log: length of the body (u32), kind (u8), body, CRC-32C of all before it.
 // A length of zero is the end, and so is a record that does not match its sum: the worker was
 // killed while it wrote it.
 const (
 	recNode    = 'N'
-	recLookup  = 'L'
-	recForget  = 'F'
-	recBacking = 'B'
-	recHead    = 3
+	recLookup  = 'L' // that many references more
+	recForget  = 'F' // fewer
+	recBacking = 'B' // the id, 0 for none
+	recOpens   = 'O' // how often it is open, in passthrough mode
+	recHead    = 5
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 func seal(b []byte, start int) []byte {
-	binary.LittleEndian.PutUint16(b[start:], uint16(len(b)-start-recHead))
+	binary.LittleEndian.PutUint32(b[start:], uint32(len(b)-start-recHead))
 	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b[start:], castagnoli))
 }
 
 func nodeRecord(b []byte, n *node) []byte {
 	start := len(b)
-	b = append(b, 0, 0, recNode)
+	b = append(b, 0, 0, 0, 0, recNode)
 	b = binary.LittleEndian.AppendUint64(b, n.id)
 	b = binary.LittleEndian.AppendUint64(b, n.parent.id)
 	b = append(b, byte(n.kind), byte(len(n.name)))
@@ -285,7 +316,7 @@ func nodeRecord(b []byte, n *node) []byte {
 
 func countRecord(b []byte, rec byte, id uint64, count uint32) []byte {
 	start := len(b)
-	b = append(b, 0, 0, rec)
+	b = append(b, 0, 0, 0, 0, rec)
 	b = binary.LittleEndian.AppendUint64(b, id)
 	b = binary.LittleEndian.AppendUint32(b, count)
 	return seal(b, start)
@@ -295,19 +326,28 @@ func countRecord(b []byte, rec byte, id uint64, count uint32) []byte {
 // process would not live long either; the next worker then knows less.
 func (t *table) append(b []byte) {
 	t.scratch = b
+	if t.log == nil { // detached: it is another worker's now
+		return
+	}
 	n, _ := t.log.WriteAt(b, t.end)
 	t.end += int64(n)
+	if t.next != nil {
+		n, _ := t.next.WriteAt(b, t.nextEnd)
+		t.nextEnd += int64(n)
+	}
+	if t.end > t.limit && !t.compacting && t.grown != nil {
+		t.compacting = true
+		t.grown()
+	}
 }
 
 // load reads the log of an earlier worker.
 func (t *table) load() error {
-	st, err := t.log.Stat()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	b, err := t.read()
 	if err != nil {
-		return fmt.Errorf("node table: %w", err)
-	}
-	b := make([]byte, max(0, st.Size()-brokerwire.StateLog))
-	if _, err := t.log.ReadAt(b, brokerwire.StateLog); err != nil {
-		return fmt.Errorf("node table: %w", err)
+		return err
 	}
 	used := 0
 	for {
@@ -319,19 +359,65 @@ func (t *table) load() error {
 		used += size
 	}
 	t.end = brokerwire.StateLog + int64(used)
+	t.sweep()
 	return nil
+}
+
+// read returns the log, with what may be behind its end.
+func (t *table) read() ([]byte, error) {
+	st, err := t.log.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("node table: %w", err)
+	}
+	b := make([]byte, max(0, st.Size()-brokerwire.StateLog))
+	if _, err := t.log.ReadAt(b, brokerwire.StateLog); err != nil {
+		return nil, fmt.Errorf("node table: %w", err)
+	}
+	return b, nil
+}
+
+// sweep removes what nothing refers to: nodes that were forgotten, or never told to the
+// kernel. While the log is replayed they stay, because a record behind may refer to them again.
+func (t *table) sweep() {
+	for _, n := range slices.Collect(maps.Values(t.nodes)) {
+		t.drop(n)
+	}
+}
+
+// recall finds in the log what a node was that has gone: nil if it is not there any more.
+// A directory's position may be behind it.
+func (t *table) recall(id uint64) *node {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	if id < firstFree || id >= t.nextID || t.log == nil {
+		return nil
+	}
+	b, err := t.read()
+	if err != nil {
+		return nil
+	}
+	for {
+		rec, body, size := nextRecord(b)
+		if size == 0 {
+			return nil
+		}
+		if rec == recNode && len(body) > 18 && binary.LittleEndian.Uint64(body) == id && len(body) >= 18+int(body[17]) {
+			return &node{id: id, kind: kind(body[16]), name: string(body[18 : 18+int(body[17])])}
+		}
+		b = b[size:]
+	}
 }
 
 func nextRecord(b []byte) (rec byte, body []byte, size int) {
 	if len(b) < recHead+4 {
 		return 0, nil, 0
 	}
-	n := int(binary.LittleEndian.Uint16(b))
+	n := int(binary.LittleEndian.Uint32(b))
 	end := recHead + n
 	if n == 0 || len(b) < end+4 || binary.LittleEndian.Uint32(b[end:]) != crc32.Checksum(b[:end], castagnoli) {
 		return 0, nil, 0
 	}
-	return b[2], b[recHead:end], end + 4
+	return b[recHead-1], b[recHead:end], end + 4
 }
 
 // replay applies a record; one that makes no sense is passed over.
@@ -354,10 +440,13 @@ func (t *table) replay(rec byte, b []byte) {
 		n.lookups += uint64(count)
 	case recForget:
 		n.lookups -= min(n.lookups, uint64(count))
-		t.drop(n)
 	case recBacking:
 		if n.file != nil {
 			t.replayBacking(n, int32(count))
+		}
+	case recOpens:
+		if n.file != nil {
+			n.file.opens = int(min(count, 1<<31-1))
 		}
 	}
 }
@@ -378,65 +467,130 @@ func (t *table) replayNode(id uint64, b []byte) {
 	parent := t.nodes[binary.LittleEndian.Uint64(b)]
 	n := &node{id: id, parent: parent, kind: kind(b[8]), name: strings.Clone(string(b[10 : 10+int(b[9])]))}
 	b = b[10+int(b[9]):]
-	if parent == nil || id < firstFree {
+	if parent == nil || id < firstFree || t.nodes[id] != nil {
 		return
 	}
+	t.nextID = max(t.nextID, id+1)
+	was := t.names[childKey{parent.id, n.name}]
 	switch n.kind {
 	case dirKind:
 		n.key = parent.key + n.name + "/"
+		t.supersede(was, true)
 	case fileKind:
 		if len(b) < 17 {
 			return
 		}
 		n.file = &file{mode: mode(b[0]), size: int64(binary.LittleEndian.Uint64(b[1:])),
 			mtime: time.Unix(0, int64(binary.LittleEndian.Uint64(b[9:]))), version: string(b[17:])}
+		t.supersede(was, was == nil || was.file == nil || was.file.version != n.file.version || was.file.size != n.file.size)
 	case socketKind:
+		t.onlySocket(n)
+		return
 	default:
 		return
 	}
-	t.supersede(t.names[childKey{parent.id, n.name}])
 	t.add(n)
-	t.next = max(t.next, id+1)
 }
 
-// compact writes what is alive to a new memfd and gives it to take, which hands it to the
-// broker; if that fails the old one stays.
-func (t *table) compact(take func(*os.File) error) error {
+// startCompaction writes what is alive to a new memfd, which from then on gets every record that the old
+// one gets: whichever the broker holds when this process dies, it is whole.
+func (t *table) startCompaction() (*os.File, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.log == nil {
+		return nil, os.ErrClosed
+	}
 	st, err := brokerwire.ReadState(t.log)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	fresh, err := brokerwire.NewState(st)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	old, end := t.log, t.end
-	t.log, t.end = fresh, brokerwire.StateLog
-	written := map[uint64]bool{rootID: true, dataID: true, domainID: true}
-	for _, n := range t.nodes {
-		t.rewrite(n, written)
+	w := &recordWriter{f: fresh, end: brokerwire.StateLog}
+	for _, id := range slices.Sorted(maps.Keys(t.nodes)) { // parents first; of one name, the one it leads to last
+		if id >= firstFree {
+			w.node(t.nodes[id])
+		}
 	}
-	if err := take(fresh); err != nil {
-		t.log, t.end = old, end
+	if w.flush(); w.err != nil {
 		fresh.Close()
-		return err
+		return nil, fmt.Errorf("compact node table: %w", w.err)
 	}
-	return old.Close()
+	t.next, t.nextEnd = fresh, w.end
+	return fresh, nil
 }
 
-// rewrite writes a node behind its parents.
-func (t *table) rewrite(n *node, written map[uint64]bool) {
-	if written[n.id] {
-		return
+// settle ends a compaction: the broker has the new log, or, if it is not taken, never will.
+func (t *table) settle(taken bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	fresh, end := t.next, t.nextEnd
+	t.next, t.compacting = nil, false
+	switch {
+	case taken && t.log != nil:
+		// The old one is closed by the collector: somebody may be about to send it.
+		t.log, t.end = fresh, end
+		alive := end - brokerwire.StateLog
+		t.limit = brokerwire.StateLog + max(minCompact, compactFactor*alive)
+	default:
+		t.limit = max(t.limit, 2*t.end)
+		if fresh != nil {
+			fresh.Close()
+		}
 	}
-	t.rewrite(n.parent, written)
-	written[n.id] = true
-	b := nodeRecord(t.scratch[:0], n)
-	if n.lookups > 0 {
-		b = countRecord(b, recLookup, n.id, uint32(min(n.lookups, 1<<32-1)))
+}
+
+// detach stops writing: the log is another worker's.
+func (t *table) detach() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.log, t.next = nil, nil
+}
+
+// recordWriter writes records a good many at once.
+type recordWriter struct {
+	f   *os.File
+	b   []byte
+	end int64
+	err error
+}
+
+func (w *recordWriter) flush() {
+	if w.err == nil {
+		_, w.err = w.f.WriteAt(w.b, w.end)
 	}
-	if n.file != nil && n.file.backing != 0 {
-		b = countRecord(b, recBacking, n.id, uint32(n.file.backing))
+	w.end += int64(len(w.b))
+	w.b = w.b[:0]
+}
+
+func (w *recordWriter) node(n *node) {
+	w.b = nodeRecord(w.b, n)
+	for _, c := range []struct {
+		rec   byte
+		count uint64
+	}{{recLookup, n.lookups}, {recBacking, n.backingID()}, {recOpens, n.opens()}} {
+		for ; c.count > 0; c.count -= min(c.count, 1<<32-1) {
+			w.b = countRecord(w.b, c.rec, n.id, uint32(min(c.count, 1<<32-1)))
+		}
 	}
-	t.append(b)
+	if len(w.b) > 1<<20 {
+		w.flush()
+	}
+}
+
+func (n *node) backingID() uint64 {
+	if n.file == nil {
+		return 0
+	}
+	return uint64(uint32(n.file.backing))
+}
+
+// opens is what the next worker must know of it.
+func (n *node) opens() uint64 {
+	if n.file == nil || n.file.mode != passthrough {
+		return 0
+	}
+	return uint64(n.file.opens)
 }

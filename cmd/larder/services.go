@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -115,26 +116,43 @@ func brokerFlags(f *pflag.FlagSet, c *broker.Config, run *string) {
 	f.StringVar(run, "run-dir", "/run/larder", "`directory` of the sockets that worker, broker and node service share")
 	f.StringVar(&c.TierDir, "tier-dir", "/var/cache/larder", "the worker's cache `directory`: backing files lie in its file system")
 	f.Uint32Var(&c.WorkerUID, "worker-uid", 0, "user `id` of the worker")
-	f.StringVar(&c.Name, "mount-source", "larder", "`name` of the mounts in the mount table")
+	f.StringVar(&c.Name, "mount-source", "", "`name` of the mounts in the mount table (default made from --run-dir)")
+	f.DurationVar(&c.TakeoverDeadline, "takeover-deadline", 10*time.Minute, "how long readers wait for a worker before their mount is given up")
+}
+
+// mountSource names a directory's mounts in the mount table.
+func mountSource(dir string) string {
+	return fmt.Sprintf("larder-%x", sha256.Sum256([]byte(dir)))[:len("larder-")+16]
+}
+
+func newBroker(c broker.Config, run string, log *slog.Logger) (*broker.Broker, error) {
+	c.Socket, c.OwnsView, c.Log = filepath.Join(run, brokerSocket), c.ViewDir != "", log
+	if c.Name == "" {
+		c.Name = mountSource(run)
+	}
+	return broker.New(c)
 }
 
 // brokerCommand is a child of `up`; elsewhere the broker is part of `csi node`.
 func brokerCommand() *cobra.Command {
 	var c broker.Config
-	var run string
+	var run, metrics string
 	cmd := service("broker", "Hold the node's mounts (part of csi node; a child of up)", "",
 		func(f *pflag.FlagSet) {
 			brokerFlags(f, &c, &run)
 			f.StringVar(&c.ViewDir, "view", "", "where to show the tier read-only")
+			f.StringVar(&metrics, "metrics-listen", "", "`address` of /metrics and /healthz; empty for none")
 			f.BoolVar(&c.UnmountAtExit, "unmount-at-exit", false, "leave no mount")
 		},
 		func(ctx context.Context, log *slog.Logger) error {
-			c.Socket, c.OwnsView, c.Log = filepath.Join(run, brokerSocket), c.ViewDir != "", log
-			b, err := broker.New(c)
+			b, err := newBroker(c, run, log)
 			if err != nil {
 				return err
 			}
-			return b.Run(ctx)
+			g, ctx := errgroup.WithContext(ctx)
+			g.Go(func() error { return b.Run(ctx) })
+			g.Go(func() error { return serveProcessMetrics(ctx, metrics, b) })
+			return g.Wait()
 		})
 	cmd.Hidden = true
 	return cmd
@@ -164,9 +182,8 @@ func csiNodeCommand() *cobra.Command {
 			sourceFlags(f, &d.FileRoot, &d.InlineEndpoints)
 		},
 		func(ctx context.Context, log *slog.Logger) error {
-			b.Socket, b.OwnsView, b.Log = filepath.Join(run, brokerSocket), b.ViewDir != "", log
 			d.RunDir, d.Log, d.Version = run, log, version
-			br, err := broker.New(b)
+			br, err := newBroker(b, run, log)
 			if err != nil {
 				return err
 			}
@@ -178,7 +195,7 @@ func csiNodeCommand() *cobra.Command {
 			g, ctx := errgroup.WithContext(ctx)
 			g.Go(func() error { return br.Run(ctx) })
 			g.Go(func() error { return n.srv.Run(ctx) })
-			g.Go(func() error { return serveProcessMetrics(ctx, metrics) })
+			g.Go(func() error { return serveProcessMetrics(ctx, metrics, br) })
 			return g.Wait()
 		})
 }
@@ -266,11 +283,12 @@ func dialUnix(path string) (*grpc.ClientConn, error) {
 		grpc.WithConnectParams(quickBackoff))
 }
 
-func serveProcessMetrics(ctx context.Context, addr string) error {
+func serveProcessMetrics(ctx context.Context, addr string, more ...prometheus.Collector) error {
 	if addr == "" {
 		return nil
 	}
 	reg := prometheus.NewRegistry()
+	reg.MustRegister(more...)
 	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return cacheworker.ServeMetrics(ctx, addr, reg, func() error { return nil })
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -40,6 +39,7 @@ type up struct {
 	nodeName  string
 	workerUID int64 // -1: see prepare
 	minFree   size
+	deadline  time.Duration
 	features  cacheworker.Features
 	metrics   string
 
@@ -64,6 +64,7 @@ It needs root, Linux, and nothing else. SIGTERM stops in order and leaves no mou
 			f.StringVar(&u.metrics, "metrics-listen", "", "`address` of this process's /metrics, beside DIR/run/*-metrics.sock")
 			f.Int64Var(&u.workerUID, "worker-uid", -1, "user `id` that the worker runs as, without capabilities; it owns the tier (default the owner of --file-root, else 65534)")
 			sourceFlags(f, &u.fileRoot, &u.endpoints)
+			f.DurationVar(&u.deadline, "takeover-deadline", 10*time.Minute, "how long readers wait for a worker before their mount is given up")
 			featureFlags(f, &u.features)
 		},
 		func(ctx context.Context, log *slog.Logger) error {
@@ -134,10 +135,7 @@ func stage(ctx context.Context, run func(context.Context) error) (ended <-chan e
 func (u *up) runDir() string { return filepath.Join(u.dir, "run") }
 func (u *up) view() string   { return filepath.Join(u.runDir(), "view") }
 
-// source names this directory's mounts in the mount table.
-func (u *up) source() string {
-	return fmt.Sprintf("larder-%x", sha256.Sum256([]byte(u.dir)))[:len("larder-")+16]
-}
+func (u *up) source() string { return mountSource(u.dir) }
 
 // prepare checks the flags, reporting all mistakes, and makes the directories.
 func (u *up) prepare() error {
@@ -281,7 +279,8 @@ func (u *up) runCSI(ctx context.Context) error {
 
 func (u *up) runBroker(ctx context.Context) error {
 	return u.keep(ctx, "broker", nil, "broker", "--run-dir", u.runDir(), "--tier-dir", u.tier.dir, "--view", u.view(),
-		"--worker-uid", fmt.Sprint(u.workerUID), "--mount-source", u.source(), "--unmount-at-exit")
+		"--worker-uid", fmt.Sprint(u.workerUID), "--mount-source", u.source(), "--takeover-deadline", u.deadline.String(),
+		"--metrics-listen", u.metricsSocket("broker"), "--unmount-at-exit")
 }
 
 // runWorker passes directories by descriptor, so that a worker without rights needs none on

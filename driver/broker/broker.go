@@ -16,6 +16,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -34,6 +35,9 @@ type Config struct {
 	ViewDir   string // where TierDir is shown read-only; "" makes no view
 	ReadAhead int64  // bytes the kernel asks ahead in a mount; 0 means 256 KiB
 
+	// TakeoverDeadline is how long a mount waits for its next worker; 0 means 10 minutes.
+	TakeoverDeadline time.Duration
+
 	// OwnsView mounts the view at start, unless it is there; it stays (see RemoveView).
 	OwnsView bool
 	// UnmountAtExit removes every mount when Run returns; otherwise the worker keeps them.
@@ -50,6 +54,9 @@ func (c Config) Validate() error {
 			errs = append(errs, fmt.Errorf("%s: a path is needed", p.name))
 		}
 	}
+	if c.TakeoverDeadline < 0 {
+		errs = append(errs, fmt.Errorf("take-over deadline %v is negative", c.TakeoverDeadline))
+	}
 	if c.ReadAhead < 0 {
 		errs = append(errs, fmt.Errorf("read-ahead %d is negative", c.ReadAhead))
 	}
@@ -62,6 +69,8 @@ type Broker struct {
 	dev uint64 // st_dev of the tier
 
 	adoptions sync.WaitGroup // hand-overs under way
+	takeovers atomic.Int64   // since the start
+	stalled   atomic.Int64   // nanoseconds that mounts were without a worker before those
 	mounting  sync.Mutex     // one mount or unmount at a time; held across both
 
 	mu     sync.Mutex // guards the fields below; never held across a call to the worker or a mount
@@ -87,6 +96,9 @@ func New(cfg Config) (*Broker, error) {
 	}
 	if cfg.Name == "" {
 		cfg.Name = "larder"
+	}
+	if cfg.TakeoverDeadline == 0 {
+		cfg.TakeoverDeadline = 10 * time.Minute
 	}
 	if cfg.ReadAhead == 0 {
 		cfg.ReadAhead = 256 << 10
@@ -176,7 +188,7 @@ func (b *Broker) admit(s *session, m brokerwire.Message) error {
 
 var verbs = map[brokerwire.Role][]brokerwire.Verb{
 	brokerwire.RoleNode: {brokerwire.MountVolume, brokerwire.RefreshVolume, brokerwire.Bind, brokerwire.Unmount, brokerwire.Mounts},
-	brokerwire.RoleWorker: {brokerwire.Give, brokerwire.Register, brokerwire.Unregister, brokerwire.Replace,
+	brokerwire.RoleWorker: {brokerwire.Give, brokerwire.Given, brokerwire.Register, brokerwire.Unregister, brokerwire.Replace,
 		brokerwire.Mounts},
 }
 
@@ -190,12 +202,27 @@ func (s *session) may(v brokerwire.Verb) error {
 	return nil
 }
 
+// isCurrent refuses what a worker still asks that another one has replaced.
+func (b *Broker) isCurrent(s *session) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if s.role == brokerwire.RoleWorker && b.worker != s {
+		return fmt.Errorf("another worker has taken over: %w", object.ErrUnavailable)
+	}
+	return nil
+}
+
 func (b *Broker) dispatch(ctx context.Context, s *session, m brokerwire.Message, files []*os.File) (brokerwire.Message, []*os.File, error) {
 	var r brokerwire.Message
 	if m.Verb == brokerwire.Hello {
 		return brokerwire.Message{Version: brokerwire.Version}, nil, b.admit(s, m)
 	}
 	err := s.may(m.Verb)
+	if err == nil {
+		err = b.isCurrent(s)
+	}
 	if err != nil {
 		return r, nil, err
 	}
@@ -212,6 +239,8 @@ func (b *Broker) dispatch(ctx context.Context, s *session, m brokerwire.Message,
 		r.List = b.list()
 	case brokerwire.Give:
 		err = b.takeBack(s, m, files)
+	case brokerwire.Given:
+		err = b.reconcile()
 	case brokerwire.Register:
 		r.Backing, err = b.register(m, files)
 	case brokerwire.Unregister:
@@ -249,27 +278,33 @@ func (b *Broker) welcome(s *session) {
 func (b *Broker) handOver(s *session, m *mount) {
 	ctx, cancel := context.WithTimeout(context.Background(), adoptTimeout)
 	defer cancel()
-	start := time.Now()
 	if adopted, err := m.readopt(ctx, s); err != nil {
 		b.cfg.Log.Error("take-over", "volume", m.id, "err", err)
 		return
 	} else if !adopted {
 		return
 	}
+	m.mu.Lock()
+	stall := time.Since(m.lost)
+	m.mu.Unlock()
+	b.takeovers.Add(1)
+	b.stalled.Add(int64(stall))
 	if err := m.ensureSocket(ctx, s); err != nil {
 		b.cfg.Log.Error("bind domain socket", "volume", m.id, "err", err)
 	}
-	b.cfg.Log.Info("take-over", "volume", m.id, "worker", s.uuid, "took", time.Since(start))
+	b.cfg.Log.Info("take-over", "volume", m.id, "worker", s.uuid, "without", stall)
 }
 
 func (b *Broker) leave(s *session) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.worker != s {
-		return
+	for _, m := range b.mounts {
+		m.orphaned(s, b.cfg.TakeoverDeadline, func() { b.expire(m) })
 	}
-	b.worker = nil
-	b.cfg.Log.Info("worker disconnected", "uuid", s.uuid, "mounts", len(b.mounts))
+	if b.worker == s {
+		b.worker = nil
+		b.cfg.Log.Info("worker disconnected", "uuid", s.uuid, "mounts", len(b.mounts))
+	}
 }
 
 // current is the connected worker; it waits for one until ctx ends.

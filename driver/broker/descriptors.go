@@ -37,18 +37,16 @@ func (b *Broker) register(in brokerwire.Message, files []*os.File) (int32, error
 		b.cfg.Log.Error("backing file refused", "volume", in.Mount, "err", err)
 		return 0, err
 	}
-	arg := backingMap{fd: int32(files[0].Fd())}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.gone.Load() {
 		return 0, fmt.Errorf("register: volume %q has gone: %w", in.Mount, object.ErrNotFound)
 	}
-	id, _, errno := unix.Syscall(unix.SYS_IOCTL, m.fuse.Fd(), backingOpen, uintptr(unsafe.Pointer(&arg)))
-	if errno != 0 {
-		return 0, fmt.Errorf("register backing file: %w", errno)
+	id, err := m.openBacking(files[0])
+	if err == nil {
+		m.backing[id] = struct{}{}
 	}
-	m.backing[int32(id)] = struct{}{}
-	return int32(id), nil
+	return id, err
 }
 
 // checkBacking is DESIGN §5.6: the kernel reopens a backing file with the reader's flags and
@@ -96,9 +94,8 @@ func (b *Broker) unregister(in brokerwire.Message) error {
 	if _, ok := m.backing[in.Backing]; !ok {
 		return fmt.Errorf("backing id %d: %w", in.Backing, object.ErrNotFound)
 	}
-	id := uint32(in.Backing)
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, m.fuse.Fd(), backingClose, uintptr(unsafe.Pointer(&id))); errno != 0 {
-		return fmt.Errorf("close backing id %d: %w", in.Backing, errno)
+	if err := m.closeBacking(in.Backing); err != nil {
+		return err
 	}
 	delete(m.backing, in.Backing)
 	return nil
@@ -128,8 +125,8 @@ func (b *Broker) replace(in brokerwire.Message, files []*os.File) error {
 
 // takeBack accepts what a worker held while there was no broker.
 func (b *Broker) takeBack(s *session, in brokerwire.Message, files []*os.File) error {
-	if len(files) < 2 || len(files) > 3 {
-		return fmt.Errorf("give: two or three descriptors are needed, not %d: %w", len(files), object.ErrInvalid)
+	if len(files) < 3 || len(files) > 4 {
+		return fmt.Errorf("give: three or four descriptors are needed, not %d: %w", len(files), object.ErrInvalid)
 	}
 	st, err := brokerwire.ReadState(files[1])
 	if err != nil {
@@ -138,12 +135,22 @@ func (b *Broker) takeBack(s *session, in brokerwire.Message, files []*os.File) e
 	if st.Volume.ID != in.Mount {
 		return fmt.Errorf("give: state is of volume %q, not %q: %w", st.Volume.ID, in.Mount, object.ErrInvalid)
 	}
-	if err := checkFuse(files[0], st); err != nil {
+	if err := b.checkFuse(files[0], st); err != nil {
 		return err
 	}
-	m := &mount{id: in.Mount, path: st.Path, dev: st.Dev, fuse: files[0], memfd: files[1], state: st, server: s, backing: map[int32]struct{}{}}
-	if len(files) == 3 {
-		m.listener, m.heard = files[2], s
+	if err := setReadOnly(st.Path, true); err != nil { // the broker before may have died while it was not
+		return err
+	}
+	live, err := brokerwire.ReadBackings(files[2])
+	if err != nil {
+		return err
+	}
+	m := &mount{id: in.Mount, path: st.Path, dev: st.Dev, fuse: files[0], memfd: files[1], state: st, server: s, backing: live}
+	if err := m.closeOrphans(files[2]); err != nil {
+		b.cfg.Log.Warn("close orphaned backing files", "volume", in.Mount, "err", err)
+	}
+	if len(files) == 4 {
+		m.listener, m.heard = files[3], s
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -151,16 +158,59 @@ func (b *Broker) takeBack(s *session, in brokerwire.Message, files []*os.File) e
 		return fmt.Errorf("give: volume %q is held already: %w", in.Mount, brokerwire.ErrExists)
 	}
 	b.mounts[in.Mount] = m
-	for i := range files {
-		files[i] = nil
+	files[0], files[1] = nil, nil
+	if m.listener != nil {
+		files[3] = nil
 	}
 	b.cfg.Log.Info("mount given back", "volume", in.Mount, "path", st.Path)
 	return nil
 }
 
+// closeOrphans closes backing ids that a broker registered and died before it could say so.
+// The kernel counts ids up, so they are among the latest: probe, any regular file, tells how far it has come.
+func (m *mount) closeOrphans(probe *os.File) error {
+	const window = 1024 // more than a worker registers at once
+	if len(m.state.InitOut) >= initOutSize && u32(m.state.InitOut, outFlags2)&passthroughFlag == 0 {
+		return nil
+	}
+	latest := int32(0)
+	for id := range m.backing {
+		latest = max(latest, id)
+	}
+	next, err := m.openBacking(probe)
+	if err != nil {
+		return err
+	}
+	for id := max(1, min(latest, next)-window); id <= next; id++ {
+		if _, live := m.backing[id]; !live {
+			if err := m.closeBacking(id); err != nil && !errors.Is(err, unix.ENOENT) {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (m *mount) openBacking(f *os.File) (int32, error) {
+	arg := backingMap{fd: int32(f.Fd())}
+	id, _, errno := unix.Syscall(unix.SYS_IOCTL, m.fuse.Fd(), backingOpen, uintptr(unsafe.Pointer(&arg)))
+	if errno != 0 {
+		return 0, fmt.Errorf("register backing file: %w", errno)
+	}
+	return int32(id), nil
+}
+
+func (m *mount) closeBacking(id int32) error {
+	arg := uint32(id)
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, m.fuse.Fd(), backingClose, uintptr(unsafe.Pointer(&arg))); errno != 0 {
+		return fmt.Errorf("close backing id %d: %w", id, errno)
+	}
+	return nil
+}
+
 // checkFuse holds a descriptor against what is mounted: it must be /dev/fuse, and the path
 // that its state names must show a file system of ours with the device that it names.
-func checkFuse(f *os.File, st brokerwire.State) error {
+func (b *Broker) checkFuse(f *os.File, st brokerwire.State) error {
 	var s unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &s); err != nil {
 		return fmt.Errorf("give: %w", err)
@@ -168,12 +218,12 @@ func checkFuse(f *os.File, st brokerwire.State) error {
 	if s.Mode&unix.S_IFMT != unix.S_IFCHR || s.Rdev != unix.Mkdev(10, 229) {
 		return fmt.Errorf("give: not /dev/fuse: %w", object.ErrDenied)
 	}
-	dev, err := mountDev(st.Path)
+	e, ok, err := topmost(st.Path)
 	if err != nil {
 		return err
 	}
-	if dev != st.Dev {
-		return errors.Join(fmt.Errorf("give: %s is another file system: %w", st.Path, object.ErrNotFound))
+	if !ok || e.dev != st.Dev || e.root != "/" || e.fstype != FSType || e.source != b.cfg.Name {
+		return fmt.Errorf("give: %s does not show the file system that the state names: %w", st.Path, object.ErrNotFound)
 	}
 	return nil
 }

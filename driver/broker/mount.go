@@ -43,6 +43,8 @@ type mount struct {
 	listener *os.File           // nil until the socket is bound
 	heard    *session           // the worker that has the listener
 	server   *session           // the worker it was given to
+	lost     time.Time          // when that one went; zero while it is there
+	expiry   *time.Timer        // ends the mount if no worker returns; nil while one is there
 	backing  map[int32]struct{} // ids registered in the kernel
 }
 
@@ -88,11 +90,11 @@ func (b *Broker) mountVolume(ctx context.Context, in brokerwire.Message) error {
 		}
 		return b.refresh(ctx, in)
 	}
-	if err := os.MkdirAll(in.Path, 0o750); err != nil && !errors.Is(err, unix.ENOTCONN) {
-		return fmt.Errorf("mount point %s: %w", in.Path, err)
-	}
-	if err := clearDead(in.Path); err != nil {
+	if err := clearDead(in.Path, b.cfg.Name); err != nil {
 		return err
+	}
+	if err := os.MkdirAll(in.Path, 0o750); err != nil {
+		return fmt.Errorf("mount point %s: %w", in.Path, err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, adoptTimeout)
 	defer cancel()
@@ -115,7 +117,7 @@ func (b *Broker) mountVolume(ctx context.Context, in brokerwire.Message) error {
 		err = m.ensureSocket(ctx, s)
 	}
 	if err != nil {
-		b.discard(ctx, m)
+		b.discard(context.WithoutCancel(ctx), m)
 		return err
 	}
 	b.cfg.Log.Info("mounted", "volume", m.id, "path", in.Path, "source", in.Volume.Source)
@@ -216,6 +218,10 @@ func (m *mount) adopt(ctx context.Context, s *session, fresh bool) error {
 	}
 	m.mu.Lock()
 	m.server = s
+	if m.expiry != nil {
+		m.expiry.Stop()
+		m.expiry = nil
+	}
 	if len(files) == 4 && files[3] == m.listener {
 		m.heard = s
 	}
@@ -257,6 +263,7 @@ const (
 	outMaxPages, outFlags2, outStackDepth        = 16 + 28, 16 + 32, 16 + 36
 	initInSize, initOutSize                      = 40 + 64, 16 + 64
 	initWantsFlags2                       uint32 = 1 << 30 // FUSE_INIT_EXT
+	passthroughFlag                              = 1 << 5  // FUSE_PASSTHROUGH, in flags2
 )
 
 func u32(b []byte, off int) uint32 { return binary.LittleEndian.Uint32(b[off:]) }
@@ -340,7 +347,12 @@ func (m *mount) bindSocket(ctx context.Context, s *session) error {
 	}
 	done := make(chan result, 1)
 	go func() { // it asks the worker; if that dies it waits for the next one, or for the mount's end
-		l, err := bindThrough(m.path, s.uuid)
+		var l *os.File
+		err := setReadOnly(m.path, false)
+		if err == nil {
+			l, err = bindThrough(m.path, s.uuid)
+			err = errors.Join(err, setReadOnly(m.path, true))
+		}
 		done <- result{l, err}
 	}()
 	var l *os.File
@@ -403,9 +415,58 @@ func (b *Broker) discard(ctx context.Context, m *mount) {
 	b.release(ctx, m)
 }
 
+// orphaned notes that the mount's worker has gone. Its readers wait for the next one, until
+// the deadline: then expire lets them fail.
+func (m *mount) orphaned(s *session, deadline time.Duration, expire func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.server != s || m.gone.Load() {
+		return
+	}
+	m.server, m.lost = nil, time.Now()
+	m.expiry = time.AfterFunc(deadline, expire)
+}
+
+// expire ends a mount to which no worker returned, so that its pods can end: the connection is
+// aborted, reads fail, and Unmount finds nobody waiting.
+func (b *Broker) expire(m *mount) {
+	m.mu.Lock()
+	served := m.server != nil
+	m.mu.Unlock()
+	if served {
+		return
+	}
+	b.cfg.Log.Error("no worker returned in time: the mount is given up, its pods must be restarted",
+		"volume", m.id, "path", m.path, "deadline", b.cfg.TakeoverDeadline)
+	if err := abort(m.dev); err != nil { // else the connection ends with its last descriptor, which should be ours
+		b.cfg.Log.Warn("abort connection", "path", m.path, "err", err)
+	}
+	b.release(context.Background(), m)
+}
+
+// reconcile removes mounts of this broker's name that nobody holds: both holders died. Only after a
+// worker has given back what it held.
+func (b *Broker) reconcile() error {
+	b.mounting.Lock()
+	defer b.mounting.Unlock()
+	held := map[uint64]bool{}
+	b.mu.Lock()
+	for _, m := range b.mounts {
+		held[m.dev] = true
+	}
+	b.mu.Unlock()
+	dead, err := removeDead(b.cfg.Name, held)
+	for _, path := range dead {
+		b.cfg.Log.Error("removed a dead mount: worker and broker had both died; pods that used it must be restarted", "path", path)
+	}
+	return err
+}
+
 // release lets go of a mount that is no longer in the mount table.
 func (b *Broker) release(ctx context.Context, m *mount) {
-	m.gone.Store(true)
+	if m.gone.Swap(true) {
+		return
+	}
 	b.mu.Lock()
 	if b.mounts[m.id] == m {
 		delete(b.mounts, m.id)
@@ -419,6 +480,9 @@ func (b *Broker) release(ctx context.Context, m *mount) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.expiry != nil {
+		m.expiry.Stop()
+	}
 	m.fuse.Close()
 	m.memfd.Close()
 	if m.listener != nil {

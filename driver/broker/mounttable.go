@@ -7,10 +7,12 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -21,10 +23,12 @@ import (
 // entry is a line of /proc/self/mountinfo. Reading it never touches a file system, so a
 // dead FUSE mount cannot block us.
 type entry struct {
-	dev    uint64
-	path   string
-	fstype string
-	source string
+	dev      uint64
+	root     string // what of the file system is mounted
+	path     string
+	readOnly bool // the mount, whatever the file system is
+	fstype   string
+	source   string
 }
 
 func mountTable() ([]entry, error) {
@@ -51,7 +55,7 @@ func mountTable() ([]entry, error) {
 func parseEntry(line string) (entry, bool) {
 	left, right, ok := strings.Cut(line, " - ")
 	f, g := strings.Fields(left), strings.Fields(right)
-	if !ok || len(f) < 5 || len(g) < 2 {
+	if !ok || len(f) < 6 || len(g) < 2 {
 		return entry{}, false
 	}
 	major, minor, ok := strings.Cut(f[2], ":")
@@ -60,7 +64,8 @@ func parseEntry(line string) (entry, bool) {
 	if !ok || err1 != nil || err2 != nil {
 		return entry{}, false
 	}
-	return entry{dev: unix.Mkdev(uint32(ma), uint32(mi)), path: unescape(f[4]), fstype: g[0], source: unescape(g[1])}, true
+	return entry{dev: unix.Mkdev(uint32(ma), uint32(mi)), root: unescape(f[3]), path: unescape(f[4]),
+		readOnly: slices.Contains(strings.Split(f[5], ","), "ro"), fstype: g[0], source: unescape(g[1])}, true
 }
 
 // unescape undoes the kernel's \040 for space, tab, newline and backslash.
@@ -82,18 +87,27 @@ func unescape(s string) string {
 	return b.String()
 }
 
-// mountDev is the device of the topmost mount at path.
-func mountDev(path string) (uint64, error) {
+// topmost is the mount that path shows, and whether there is one.
+func topmost(path string) (e entry, ok bool, err error) {
 	es, err := mountTable()
 	if err != nil {
-		return 0, err
+		return entry{}, false, err
 	}
-	for i := len(es) - 1; i >= 0; i-- {
-		if es[i].path == path {
-			return es[i].dev, nil
+	for _, e := range slices.Backward(es) {
+		if e.path == path {
+			return e, true, nil
 		}
 	}
-	return 0, fmt.Errorf("nothing is mounted at %s: %w", path, object.ErrNotFound)
+	return entry{}, false, nil
+}
+
+// mountDev is the device of the topmost mount at path.
+func mountDev(path string) (uint64, error) {
+	e, ok, err := topmost(path)
+	if err == nil && !ok {
+		err = fmt.Errorf("nothing is mounted at %s: %w", path, object.ErrNotFound)
+	}
+	return e.dev, err
 }
 
 // otherMounts are the places, except path, where the file system dev is mounted.
@@ -113,15 +127,16 @@ func otherMounts(dev uint64, path string) ([]string, error) {
 
 // unmountAll removes every mount stacked at path; none is no error.
 func unmountAll(path string) error {
-	for {
-		if _, err := mountDev(path); errors.Is(err, object.ErrNotFound) {
-			return nil
-		} else if err != nil {
+	for refused := 0; ; {
+		if _, ok, err := topmost(path); err != nil || !ok {
 			return err
 		}
-		switch err := unix.Unmount(path, unix.UMOUNT_NOFOLLOW); err {
-		case nil, unix.EINVAL, unix.ENOENT:
-		case unix.EBUSY:
+		err := unix.Unmount(path, unix.UMOUNT_NOFOLLOW)
+		switch {
+		case err == nil:
+		case (err == unix.EINVAL || err == unix.ENOENT) && refused < 3: // somebody else was faster
+			refused++
+		case err == unix.EBUSY:
 			return fmt.Errorf("unmount %s: a process still uses it: %w", path, object.ErrBusy)
 		default:
 			return fmt.Errorf("unmount %s: %w", path, err)
@@ -129,30 +144,52 @@ func unmountAll(path string) error {
 	}
 }
 
-// clearDead removes mounts of ours at path that no broker holds: both holders died.
-func clearDead(path string) error {
-	es, err := mountTable()
-	if err != nil {
-		return err
-	}
-	for _, e := range es {
-		if e.path != path {
-			continue
+// clearDead removes mounts of brokers with our name at path that nobody holds: both holders
+// died. One that a worker still holds is left to it: it will be given back.
+func clearDead(path, name string) error {
+	for {
+		e, ok, err := topmost(path)
+		if err != nil || !ok {
+			return err
 		}
-		if e.fstype != FSType {
-			return fmt.Errorf("%s is a mount point of %s: %w", path, e.fstype, brokerwire.ErrExists)
+		if e.fstype != FSType || e.source != name {
+			return fmt.Errorf("%s is a mount point of %s %s: %w", path, e.fstype, e.source, brokerwire.ErrExists)
+		}
+		if !dead(path) {
+			return fmt.Errorf("%s is mounted and held by a worker that has not given it back yet: %w", path, object.ErrBusy)
 		}
 		if err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
 			return fmt.Errorf("unmount dead %s: %w", path, err)
 		}
 	}
-	return nil
 }
 
-// bindTree shows from[/sub] at target. It is idempotent; something else at target is ErrExists.
+// dead reports whether the FUSE file system at path has lost its connection. Where somebody
+// still has the descriptor, and does not answer, a request would wait.
+func dead(path string) bool {
+	answer := make(chan error, 1)
+	go func() { // ends with an answer, or with the connection
+		var fs unix.Statfs_t
+		answer <- unix.Statfs(path, &fs)
+	}()
+	select {
+	case err := <-answer:
+		return err == unix.ENOTCONN || err == unix.ECONNABORTED
+	case <-time.After(aliveAfter):
+		return false
+	}
+}
+
+// aliveAfter is how long a dead file system has to say so: it does at once.
+const aliveAfter = time.Second
+
+// bindTree shows from[/sub], a file system's root, at target. It is idempotent; something else at target is
+// ErrExists.
 func bindTree(from, sub, target string, readOnly bool, dev uint64) error {
-	if d, err := mountDev(target); err == nil {
-		if d != dev {
+	if e, ok, err := topmost(target); err != nil {
+		return err
+	} else if ok {
+		if e.dev != dev || e.root != path.Join("/", sub) || e.readOnly != readOnly {
 			return fmt.Errorf("%s: %w", target, brokerwire.ErrExists)
 		}
 		return nil
@@ -177,19 +214,38 @@ func bindTree(from, sub, target string, readOnly bool, dev uint64) error {
 // RemoveDead removes every mount that brokers with this name made. Only for who knows that
 // none of their processes lives: a mount that a worker still serves would go too.
 func RemoveDead(name string) error {
+	_, err := removeDead(name, nil)
+	return err
+}
+
+// removeDead removes mounts of a name but those of held devices, and says which.
+func removeDead(name string, held map[uint64]bool) (dead []string, err error) {
 	es, err := mountTable()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var errs []error
 	for _, e := range slices.Backward(es) {
-		if e.fstype == FSType && e.source == name {
-			if err := unix.Unmount(e.path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && err != unix.EINVAL {
-				errs = append(errs, fmt.Errorf("unmount %s: %w", e.path, err))
-			}
+		if e.fstype != FSType || e.source != name || held[e.dev] {
+			continue
 		}
+		if err := unix.Unmount(e.path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && err != unix.EINVAL {
+			errs = append(errs, fmt.Errorf("unmount %s: %w", e.path, err))
+			continue
+		}
+		dead = append(dead, e.path)
 	}
-	return errors.Join(errs...)
+	return dead, errors.Join(errs...)
+}
+
+// abort ends a FUSE connection through fusectl, where that is mounted: even a process that is
+// stopped and still holds a descriptor cannot keep its readers waiting.
+func abort(dev uint64) error {
+	err := os.WriteFile(fmt.Sprintf("/sys/fs/fuse/connections/%d/abort", unix.Minor(dev)), []byte("1"), 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 // makeView mounts dir a second time, read-only. One that is there, made by a broker that was
@@ -225,8 +281,26 @@ func RemoveView(view string) error {
 
 // setReadAhead sets how far the kernel asks ahead in a mount.
 func setReadAhead(dev uint64, bytes int64) error {
-	path := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", unix.Major(dev), unix.Minor(dev))
-	return os.WriteFile(path, strconv.AppendInt(nil, bytes>>10, 10), 0)
+	name := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", unix.Major(dev), unix.Minor(dev))
+	return os.WriteFile(name, strconv.AppendInt(nil, bytes>>10, 10), 0)
+}
+
+// setReadOnly changes the file system at path, and with it all mounts of it: nobody but the broker, for
+// a moment, can write there, and everybody is told EROFS, also who had not the permission.
+func setReadOnly(path string, on bool) error {
+	fd, err := unix.Fspick(unix.AT_FDCWD, path, unix.FSPICK_CLOEXEC|unix.FSPICK_SYMLINK_NOFOLLOW|unix.FSPICK_NO_AUTOMOUNT)
+	if err != nil {
+		return fmt.Errorf("reconfigure %s: %w", path, err)
+	}
+	defer unix.Close(fd)
+	flag := "rw"
+	if on {
+		flag = "ro"
+	}
+	if err := errors.Join(unix.FsconfigSetFlag(fd, flag), unix.FsconfigReconfigure(fd)); err != nil {
+		return fmt.Errorf("reconfigure %s as %s: %w", path, flag, err)
+	}
+	return nil
 }
 
 // warnTimeout says that a sysctl would kill mounts that wait for a worker.
