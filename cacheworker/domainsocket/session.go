@@ -21,8 +21,9 @@ import (
 )
 
 const (
-	listMax     = 1000 // entries of one reply at most; fewer where the frame is full
-	unreadFiles = 16   // descriptors a client may leave unread in its socket
+	listMax      = 1000                   // entries of one reply at most; fewer where the frame is full
+	readPatience = 100 * time.Millisecond // in all, for a client to read what was sent
+	unreadFiles  = 16                     // descriptors a client may leave unread in its socket
 )
 
 // errNoDescriptor means that a reply was not sent because its descriptor cannot be now.
@@ -362,7 +363,7 @@ func (ss *session) send(h wire.Header, frame []byte, fd *os.File) error {
 	frame = wire.Finish(frame, h)
 	ss.wmu.Lock()
 	defer ss.wmu.Unlock()
-	if fd != nil && ss.unread >= unreadFiles && !ss.allRead() {
+	if fd != nil && ss.unread >= unreadFiles && !ss.awaitRead() {
 		return errNoDescriptor
 	}
 	ss.finish(h.ID)
@@ -398,6 +399,18 @@ func (ss *session) sendWith(frame []byte, fd *os.File) error {
 		_, err = ss.conn.Write(frame[n:])
 	}
 	return err
+}
+
+// awaitRead gives the client a moment to read what was sent: with many requests in flight
+// there is hardly ever an instant in which nothing is under way. Requires wmu.
+func (ss *session) awaitRead() bool {
+	for pause := 20 * time.Microsecond; pause < readPatience/2; pause *= 2 { // no event tells of it
+		if ss.allRead() {
+			return true
+		}
+		time.Sleep(pause)
+	}
+	return ss.allRead()
 }
 
 // allRead says whether the client has read all that was sent. Descriptors in flight count
