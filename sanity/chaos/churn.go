@@ -103,6 +103,8 @@ func (c *churn) unstage(ctx context.Context, v *stack.Volume) error {
 }
 
 func (c *churn) read(ctx context.Context, root string, seed uint64) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), hangs)
+	defer cancel()
 	m, err := c.fleet.start(ctx, task{Way: "once", Root: root, Files: c.files, Seed: seed})
 	if err != nil {
 		return err

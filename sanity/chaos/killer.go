@@ -25,6 +25,7 @@ type killer struct {
 	kills     []*kill
 	stops     int // SIGSTOP and SIGCONT without a kill between
 	starved   int // kills by the kernel for want of memory
+	beside    int // kills of the master and the controller, at any time
 }
 
 // ways to kill, by weight.
@@ -312,6 +313,20 @@ func (k *killer) starve(ctx context.Context, part string) error {
 	d.Dead = d.At
 	k.kills = append(k.kills, d)
 	return nil
+}
+
+// others kills, now and then, what no reader needs, where it is a process of its own.
+func (k *killer) others(ctx context.Context, apart bool) error {
+	if !apart || k.rng.IntN(3) > 0 {
+		return nil
+	}
+	p, err := k.node.find(ctx, []string{masterPart, masterPart, controllerPart}[k.rng.IntN(3)], 0)
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	k.beside++
+	return p.signal(unix.SIGKILL)
 }
 
 // both is what no mount survives: for the test that the readers would notice.

@@ -49,11 +49,12 @@ func main() {
 	seed := flag.Uint64("seed", 0, "seed of what is killed, when and how; 0 means another one each time")
 	out := flag.String("out", "build/chaos.json", "`file` that the rows are written to")
 	keepLog := flag.String("log", "build/chaos.log", "`file` that larder's log is copied to")
+	apart := flag.Bool("apart", false, "master, controller, node service and worker as processes of their own; master and controller are killed too")
 	verbose := flag.Bool("v", false, "print each kill")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
-	c := config{scale: long, kills: *kills, seed: *seed, keepLog: *keepLog, verbose: *verbose, say: os.Stdout}
+	c := config{scale: long, kills: *kills, seed: *seed, keepLog: *keepLog, apart: *apart, verbose: *verbose, say: os.Stdout}
 	if c.seed == 0 {
 		c.seed = rand.Uint64N(1 << 32)
 	}
@@ -97,6 +98,7 @@ type config struct {
 	binary  string // larder; "" builds it
 	keepLog string // "" for none
 	verbose bool   // say each kill
+	apart   bool   // each part as a process of its own
 	say     io.Writer
 	// plan kills instead of what the seed says.
 	plan func(context.Context, *killer) error
@@ -171,10 +173,11 @@ func (r *runner) prepare(ctx context.Context) (err error) {
 	if err := r.s3.Age(time.Hour); err != nil {
 		return err
 	}
-	r.node, err = startNode(ctx, stack.Config{
-		Dir: filepath.Join(r.dir, "up"), Binary: r.binary,
-		Args: []string{"--tier", fmt.Sprintf("%s:%d", filepath.Join(r.dir, "up", "l", "cache"), r.TierBytes)},
-	})
+	if r.apart {
+		r.node, err = startApart(ctx, filepath.Join(r.dir, "apart"), r.binary, r.TierBytes)
+	} else {
+		r.node, err = startUp(ctx, stack.Config{Dir: filepath.Join(r.dir, "up"), Binary: r.binary}, r.TierBytes)
+	}
 	if err != nil {
 		return err
 	}
@@ -187,13 +190,14 @@ func (r *runner) prepare(ctx context.Context) (err error) {
 func (r *runner) start(ctx context.Context) error {
 	targets := map[string]string{}
 	var ids []string
-	for folder, complete := range map[string]string{coldFolder: "never", hotFolder: "always", treeFolder: "auto"} {
-		v, err := r.node.Publish(ctx, r.volume(folder, folder, complete))
+	for _, v := range []struct{ folder, complete string }{{coldFolder, "never"}, {hotFolder, "always"}, {treeFolder, "auto"}} {
+		p, err := r.node.Publish(ctx, r.volume(v.folder, v.folder, v.complete))
 		if err != nil {
 			return err
 		}
-		ids = append(ids, v.ID)
-		targets[folder] = filepath.Join(v.Targets[0], "data")
+		ids = append(ids, p.ID)
+		targets[v.folder] = filepath.Join(p.Targets[0], "data")
+		targets["socket of "+v.folder] = filepath.Join(p.Targets[0], "domain")
 	}
 	rng := rand.New(rand.NewPCG(r.seed, 2))
 	for _, t := range []struct {
@@ -210,6 +214,7 @@ func (r *runner) start(ctx context.Context) error {
 		{"tree", treeFolder, r.data.Tree},
 		{"passthrough", hotFolder, r.data.Hot},
 		{"holder", hotFolder, r.data.Hot},
+		{"socket", "socket of " + coldFolder, r.data.Cold},
 	} {
 		if _, err := r.fleet.start(ctx, task{Way: t.way, Root: targets[t.folder], Files: t.files, Seed: rng.Uint64()}); err != nil {
 			return err
@@ -286,6 +291,9 @@ func (r *runner) killAll(ctx context.Context) error {
 		}
 		before := len(k.kills)
 		if err := k.round(ctx, part); err != nil {
+			return err
+		}
+		if err := k.others(ctx, r.apart); err != nil {
 			return err
 		}
 		if err := r.lookAtWorker(ctx); err != nil {
@@ -369,21 +377,21 @@ func copyFile(to, from string) error {
 
 // outcome is what a run found.
 type outcome struct {
-	seed        uint64
-	took        time.Duration
-	kills       []*kill
-	stops, oom  int
-	errs, wrong []string
-	privileges  []string
-	ops         int64
-	bytes       int64
-	passing     int64
-	rounds      int
-	again       int
+	seed               uint64
+	took               time.Duration
+	kills              []*kill
+	stops, oom, others int
+	errs, wrong        []string
+	privileges         []string
+	ops                int64
+	bytes              int64
+	passing            int64
+	rounds             int
+	again              int
 }
 
 func (r *runner) outcome() *outcome {
-	o := &outcome{seed: r.seed, took: time.Since(r.began), kills: r.killer.kills, stops: r.killer.stops, oom: r.killer.starved,
+	o := &outcome{seed: r.seed, took: time.Since(r.began), kills: r.killer.kills, stops: r.killer.stops, oom: r.killer.starved, others: r.killer.beside,
 		ops: r.ops, bytes: r.bytes, passing: r.passing, rounds: r.churn.rounds, again: r.churn.again}
 	o.errs, o.wrong = r.fleet.faults()
 	for p := range r.privileges {
@@ -429,6 +437,7 @@ func (o *outcome) rows() (result.Rows, error) {
 		}
 	}
 	add("oom/all", "", float64(o.oom))
+	add("others/all", "", float64(o.others))
 	add("stops/all", "", float64(o.stops))
 	add("errors/all", "", float64(len(o.errs)))
 	add("wrong/all", "", float64(len(o.wrong)))
@@ -463,9 +472,9 @@ func (o *outcome) write(file string, w io.Writer) error {
 		return err
 	}
 	fmt.Fprintf(w, `
-%d OOM kills, %d stops besides; %d operations, %d MiB right, %d MiB of it read past the worker; %d volumes made and
+%d OOM kills; besides %d stops, %d kills of master and controller; %d operations, %d MiB right, %d MiB of it read past the worker; %d volumes made and
 removed meanwhile, %d calls repeated; worker: %s. Rows: %s
-`, o.oom, o.stops, o.ops, o.bytes>>20, o.passing>>20, o.rounds, o.again, strings.Join(o.privileges, "; "), file)
+`, o.oom, o.stops, o.others, o.ops, o.bytes>>20, o.passing>>20, o.rounds, o.again, strings.Join(o.privileges, "; "), file)
 	fmt.Fprintln(w, o.summary())
 	return nil
 }

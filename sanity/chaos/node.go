@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -20,33 +21,55 @@ import (
 
 // Parts of a node that are killed.
 const (
-	workerPart = "worker"
-	brokerPart = "broker"
+	workerPart     = "worker"
+	brokerPart     = "broker" // with the node service, where each part is a process of its own
+	masterPart     = "master" // likewise, as the controller
+	controllerPart = "controller"
 )
 
-// node is a running `larder up`: master and CSI services in one process, which is not killed;
-// worker and broker are its children.
+// larder is what runs: all in `larder up`, or each part on its own.
+type larder interface {
+	Command(ctx context.Context, name string, args ...string) *exec.Cmd
+	Abort() error
+	Log() string
+	Close() error
+	runDir() string
+	pid(part string) int // 0 while it is dead
+}
+
+// node is a running larder with its kubelet.
 type node struct {
-	*stack.Stack
+	larder
+	*stack.Kubelet
 	broker *broker.Client
 }
 
-func startNode(ctx context.Context, cfg stack.Config) (*node, error) {
+func newNode(l larder, k *stack.Kubelet) *node {
+	return &node{larder: l, Kubelet: k, broker: broker.NewClient(filepath.Join(l.runDir(), "broker.sock"))}
+}
+
+func (n *node) Close() error { return errors.Join(n.broker.Close(), n.larder.Close()) }
+
+// up is `larder up`: master and CSI services in one process, which is not killed; worker and
+// broker are its children.
+type up struct{ *stack.Stack }
+
+func startUp(ctx context.Context, cfg stack.Config, tier int64) (*node, error) {
+	cfg.Args = []string{"--tier", fmt.Sprintf("%s:%d", filepath.Join(cfg.Dir, "l", "cache"), tier)}
 	s, err := stack.Start(ctx, cfg)
 	if err != nil {
 		return nil, err
 	}
-	return &node{Stack: s, broker: broker.NewClient(filepath.Join(s.Dir(), "run", "broker.sock"))}, nil
+	return newNode(up{s}, s.Kubelet), nil
 }
 
-func (n *node) Close() error { return errors.Join(n.broker.Close(), n.Stack.Close()) }
+func (u up) runDir() string { return filepath.Join(u.Dir(), "run") }
 
-// pid is that of a part; 0 while it is dead.
-func (n *node) pid(part string) int {
+func (u up) pid(part string) int {
 	entries, _ := os.ReadDir("/proc")
 	for _, e := range slices.Backward(entries) {
 		pid, err := strconv.Atoi(e.Name())
-		if err != nil || parent(pid) != n.PID() {
+		if err != nil || parent(pid) != u.PID() {
 			continue
 		}
 		cmdline, _ := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline"))
@@ -97,7 +120,7 @@ func (p process) awaitEnd(ctx context.Context) error {
 
 func (p process) close() { unix.Close(p.fd) }
 
-// privileges of a process: its user, and the sum of all its capability sets.
+// privileges of a process: its user, and the sum of the capability sets that it has or can hand on.
 func (p process) privileges() (uid int, capabilities uint64, err error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.pid))
 	if err != nil {
@@ -108,7 +131,7 @@ func (p process) privileges() (uid int, capabilities uint64, err error) {
 		switch name {
 		case "Uid":
 			uid, err = strconv.Atoi(strings.Fields(value)[1])
-		case "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb":
+		case "CapInh", "CapPrm", "CapEff", "CapAmb":
 			var set uint64
 			set, err = strconv.ParseUint(strings.TrimSpace(value), 16, 64)
 			capabilities |= set

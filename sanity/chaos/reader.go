@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/larderfs/larder/cacheworker/domainsocket/shortcircuit"
 )
 
 // task is what a child process is to read; it comes in on standard input, whose end is also
@@ -37,6 +39,8 @@ type reader struct {
 	rng    *rand.Rand
 	buf    []byte
 	faults int
+
+	client *shortcircuit.Client // of the way socket
 }
 
 var ways = map[string]func(*reader) error{
@@ -50,6 +54,7 @@ var ways = map[string]func(*reader) error{
 	"timer":       (*reader).timer,
 	"holder":      (*reader).holder,
 	"passthrough": (*reader).passthrough,
+	"socket":      (*reader).socket,
 	"once":        (*reader).once,
 }
 
@@ -89,7 +94,7 @@ func read(in io.Reader, out io.Writer, shared *os.File) error {
 var errDone = errors.New("done")
 
 // names of operations, for the slot.
-var ops = []string{"open", "pread", "touch", "getdents", "stat", "close", "chdir", "lseek", "mmap"}
+var ops = []string{"open", "pread", "touch", "getdents", "stat", "close", "chdir", "lseek", "dial"}
 
 func number(op string) int64 {
 	for i, o := range ops {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"path"
@@ -9,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/larderfs/larder/cacheworker/domainsocket/shortcircuit"
 )
 
 // sequential reads whole files, opened anew each time, that the page cache does not have.
@@ -28,7 +31,7 @@ func (r *reader) sequential() error {
 		if err := r.pread(fd, f, off, 256<<10, m); err != nil {
 			return err
 		}
-		idle(time.Millisecond)
+		idle(8 * time.Millisecond)
 	}
 	return nil
 }
@@ -58,7 +61,7 @@ func (r *reader) random() error {
 		if err := r.pread(fds[i], fs[i], off, size, ms[i]); err != nil {
 			return err
 		}
-		idle(2 * time.Millisecond)
+		idle(10 * time.Millisecond)
 	}
 	return nil
 }
@@ -82,7 +85,7 @@ func (r *reader) direct() error {
 		if err := r.pread(fd, f, r.place(f), 4096<<r.rng.IntN(8), m); err != nil {
 			return err
 		}
-		idle(2 * time.Millisecond)
+		idle(10 * time.Millisecond)
 	}
 	return nil
 }
@@ -115,7 +118,7 @@ func (r *reader) mmap() error {
 		if err != nil {
 			return err
 		}
-		idle(2 * time.Millisecond)
+		idle(10 * time.Millisecond)
 	}
 	return nil
 }
@@ -185,7 +188,7 @@ func (r *reader) names(fd, size int, pace time.Duration) ([]string, error) {
 			return names, nil
 		}
 		names = append(names, entries(r.buf[:n])...)
-		if pace > 0 && len(names)%16 == 0 {
+		if pace > 0 && len(names)%4 == 0 {
 			idle(pace)
 		}
 	}
@@ -227,7 +230,7 @@ func (r *reader) open() error {
 		r.fault(report{Wrong: err.Error()})
 		return err
 	}
-	idle(time.Millisecond)
+	idle(4 * time.Millisecond)
 	return nil
 }
 
@@ -315,7 +318,7 @@ func (r *reader) whole(name, prefix string, want map[string]file) error {
 	if err := r.pread(fd, f, 0, 64<<10, cached); err != nil {
 		return err
 	}
-	idle(500 * time.Microsecond)
+	idle(3 * time.Millisecond)
 	return nil
 }
 
@@ -347,6 +350,7 @@ func (r *reader) holder() error {
 		return err
 	}
 	r.slot.Holds.Add(1)
+	defer r.slot.Holds.Add(-1)
 	for {
 		size := 4096 << r.rng.IntN(5)
 		if err := r.pread(fd, f, r.place(f), size, passed); err != nil {
@@ -356,7 +360,7 @@ func (r *reader) holder() error {
 		if err := r.touch(f, b, 0, r.place(f), false, nil); err != nil {
 			return err
 		}
-		idle(3 * time.Millisecond)
+		idle(5 * time.Millisecond)
 	}
 }
 
@@ -407,7 +411,54 @@ func (r *reader) passthrough() error {
 		if m == passed {
 			r.slot.Passing.Add(256 << 10)
 		}
-		idle(time.Millisecond)
+		idle(5 * time.Millisecond)
+	}
+	return nil
+}
+
+// socket reads by the domain socket: connecting, too, must not fail while the worker is dead.
+func (r *reader) socket() error {
+	ctx := context.Background()
+	if r.client == nil || r.rng.IntN(4) == 0 {
+		if r.client != nil {
+			r.client.Close()
+		}
+		err := r.op("dial", r.Root, true, nil, func() error {
+			at, err := shortcircuit.Find(r.Root)
+			if err == nil {
+				r.client, err = shortcircuit.Dial(ctx, at)
+			}
+			return err
+		})
+		if err != nil {
+			r.client = nil
+			return err
+		}
+	}
+	f := r.pick()
+	var h *shortcircuit.File
+	err := r.op("open", f.Path, true, nil, func() (err error) {
+		h, err = r.client.Open(ctx, f.Path)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	for range 20 {
+		off := r.place(f)
+		n := int(min(64<<10, f.Size-off))
+		err := r.op("pread", fmt.Sprintf("%s at %d by the socket", f.Path, off), !h.Local(), nil, func() error {
+			_, err := h.ReadAt(r.buf[:n], off)
+			return err
+		})
+		if err == nil {
+			err = r.checked(f, off, r.buf[:n])
+		}
+		if err != nil {
+			return err
+		}
+		idle(10 * time.Millisecond)
 	}
 	return nil
 }
