@@ -327,14 +327,14 @@ func (u *up) awaitBroker(ctx context.Context) error {
 
 // keep runs a child and runs it again when it dies, until ctx ends; then it is sent SIGTERM.
 func (u *up) keep(ctx context.Context, name string, dirs []string, args ...string) error {
-	for wait := minRestart; ctx.Err() == nil; wait = min(2*wait, maxRestart) {
+	for wait := minRestart; ctx.Err() == nil; wait = min(max(2*wait, minRestart), maxRestart) {
 		start := time.Now()
 		err := u.child(ctx, dirs, args)
 		if ctx.Err() != nil {
 			return u.stopped(name, err)
 		}
 		if time.Since(start) > steady {
-			wait = minRestart
+			wait = 0
 		}
 		u.log.Error("child died; it is started again", "child", name, "err", err, "after", wait)
 		select {
