@@ -33,6 +33,8 @@ type chunk struct {
 	over bool   // all here, or err
 	left bool   // no longer in the map: stored, failed or forgotten
 
+	passed bool // somebody has read its last byte
+
 	wake chan struct{} // closed when n reaches need, or over, or left; nil if nobody waits
 	need int
 
@@ -296,8 +298,19 @@ func (f *Fills) keep(c *chunk) {
 	c.call()
 	f.held += int64(c.size)
 	for f.held > f.cfg.RecentBytes && f.recent.Len() > 1 {
-		f.forget(f.recent.Back().Value.(*chunk))
+		f.forget(f.stalest())
 	}
+}
+
+// stalest is the chunk that memory holds in vain, most likely: the oldest of those that were
+// read to their end. What was read ahead is older than the last ones read, and stays until its turn. Requires f.mu.
+func (f *Fills) stalest() *chunk {
+	for e := f.recent.Back(); e != nil; e = e.Prev() {
+		if c := e.Value.(*chunk); c.passed {
+			return c
+		}
+	}
+	return f.recent.Back().Value.(*chunk)
 }
 
 // forget takes a chunk out of the recent memory. Requires f.mu.
@@ -415,6 +428,13 @@ func (f *Fills) done(c *chunk, satisfied bool) {
 		f.lessInterest(c)
 	}
 	f.unref(c)
+}
+
+// pass notes that a reader goes on behind the chunk.
+func (f *Fills) pass(c *chunk) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	c.passed = true
 }
 
 // lessInterest requires f.mu.

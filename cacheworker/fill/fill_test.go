@@ -1023,3 +1023,31 @@ func download5x5(t *testing.T, src source.Source, obj object.Object) {
 	}
 	wg.Wait()
 }
+
+// TestAChunkIsFetchedOnceEver has readers come just when a chunk goes from memory to the
+// disk.
+func TestAChunkIsFetchedOnceEver(t *testing.T) {
+	w := newWorld(t, openCache(t, 1<<30), Config{})
+	const objects = 500
+	var wg sync.WaitGroup
+	objs := make([]object.Object, objects)
+	for k := range objs {
+		objs[k] = w.store.Put(fmt.Sprint(k), content(uint64(k), 3000))
+	}
+	for i := range 8 {
+		wg.Go(func() {
+			for k, obj := range objs {
+				r := w.open(obj, "alice")
+				for range i + 1 {
+					w.read(r, content(uint64(k), 3000), 0, 3000)
+				}
+				r.Close()
+			}
+		})
+	}
+	wg.Wait()
+	if gets, heads := w.asked(); len(gets) != objects || heads != 0 {
+		t.Errorf("%d GETs, %d HEADs for %d objects of one chunk", len(gets), heads, objects)
+	}
+	w.close()
+}

@@ -423,6 +423,9 @@ func (r *Reader) copyOnce(ctx context.Context, c *chunk, p []byte, i int, off in
 		r.f.count.memory.Add(uint64(len(p)))
 		r.f.count.misses.Add(1)
 	}
+	if err == nil && begin+len(p) == c.size {
+		r.f.pass(c)
+	}
 	r.f.done(c, err == nil)
 	return err
 }
