@@ -33,7 +33,8 @@ type mounts struct {
 	connected chan struct{}    // closed when there is one again; nil while there is
 	takeovers uint64
 
-	serving sync.WaitGroup // domain sockets
+	serving          sync.WaitGroup // domain sockets
+	noResend, noPass sync.Once      // what is logged once
 }
 
 // held is one served mount.
@@ -211,6 +212,7 @@ func (ms *mounts) adopt(life, rctx context.Context, m brokerwire.Message, files 
 		ms.takeovers++
 	}
 	ms.mu.Unlock()
+	ms.sayWeaker(served)
 	go served.Serve() // ends with the mount, or with the process: a blocked read(2) cannot be called back
 	if len(files) == 4 {
 		l := files[3]
@@ -218,6 +220,20 @@ func (ms *mounts) adopt(life, rctx context.Context, m brokerwire.Message, files 
 		return ms.listen(hctx, h, l)
 	}
 	return nil
+}
+
+// sayWeaker logs, once, which guarantees the kernel does not allow.
+func (ms *mounts) sayWeaker(s *fusefs.Served) {
+	if !s.Resend() {
+		ms.noResend.Do(func() {
+			ms.w.log.Warn("without resend (kernel before 6.9, or a flag): a request in flight when a worker is killed hangs until the take-over deadline, when its mount is given up")
+		})
+	}
+	if !s.Passthrough() {
+		ms.noPass.Do(func() {
+			ms.w.log.Warn("without passthrough (kernel before 6.9, no --view, or a flag): cached files are read through the worker, and wait while there is none")
+		})
+	}
 }
 
 // listen serves the volume's domain socket. l is the worker's from here on.
@@ -317,6 +333,12 @@ func (ms *mounts) published() []client.Published {
 		p := client.Published{Volume: client.Volume{ID: id}, Inline: v.Inline}
 		if err := json.Unmarshal([]byte(v.Attributes), &p.Volume.Parameters); err != nil {
 			ms.w.log.Error("attributes of a volume", "volume", id, "err", err)
+		}
+		if p.Volume.Parameters["binding"] == "node" {
+			p.Volume.Node = ms.w.cfg.Node
+		}
+		if !client.ValidID(id) { // a handle that an administrator wrote into a static PV: the master never knew it
+			continue
 		}
 		out = append(out, p)
 	}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path"
 
+	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/cachestore"
 	"github.com/larderfs/larder/cacheworker/dataset"
 	"github.com/larderfs/larder/cacheworker/domainsocket"
@@ -39,11 +40,15 @@ func (v socketVolume) find(ctx context.Context, p string) (metadata.Entry, error
 // Stat implements domainsocket.Volume.
 func (v socketVolume) Stat(ctx context.Context, p string) (domainsocket.Entry, error) {
 	e, err := v.find(ctx, p)
-	return entryOf(e), err
+	return entryOf(v.dataset(), e), err
 }
 
-func entryOf(e metadata.Entry) domainsocket.Entry {
-	return domainsocket.Entry{Name: e.Name, Folder: e.Folder, Size: e.Object.Size, ModTime: e.Object.ModTime, Version: e.Object.Version}
+func entryOf(d *dataset.Dataset, e metadata.Entry) domainsocket.Entry {
+	out := domainsocket.Entry{Name: e.Name, Folder: e.Folder, Size: e.Object.Size, ModTime: e.Object.ModTime, Version: e.Object.Version}
+	if !e.Folder {
+		out.CachedBytes = d.Peek(e.Object.ID()).PresentBytes
+	}
+	return out
 }
 
 // List implements domainsocket.Volume.
@@ -69,7 +74,7 @@ func (v socketVolume) List(ctx context.Context, p, after string, max int) ([]dom
 	}
 	out := make([]domainsocket.Entry, len(es))
 	for i, e := range es {
-		out[i] = entryOf(e)
+		out[i] = entryOf(d, e)
 	}
 	return out, more, nil
 }
@@ -91,6 +96,9 @@ func (v socketVolume) Open(ctx context.Context, p string) (domainsocket.File, er
 			d.Changed(e.Object.Key)
 		}
 		return nil, err
+	}
+	if d.Complete == brokerwire.CompleteAlways || d.Complete == brokerwire.CompleteAuto && d.Peek(e.Object.ID()).PresentBytes > 0 {
+		d.CompleteLater(e.Object) // opened again: the next open gets a descriptor
 	}
 	return &socketFile{Reader: r, d: d}, nil
 }

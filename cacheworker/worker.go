@@ -116,7 +116,7 @@ func (w *Worker) Run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, w.store.Close()) }()
 	w.fills = fill.New(fill.Config{Log: w.log}, w.store)
 	defer func() { err = errors.Join(err, w.fills.Close()) }()
-	w.metadata = metadata.New(metadata.Config{OnDenied: w.fills.Revoke, OnHead: w.store.Grant, Log: w.log})
+	w.metadata = metadata.New(metadata.Config{OnDenied: w.fills.Revoke, OnHead: w.fills.Grant, Log: w.log})
 	w.sources = &sources{cfg: w.cfg, nodeKey: w.store.NodeKey(), observer: &w.requests}
 	w.mounts = &mounts{w: w, held: map[string]*held{}}
 	w.store.OnEvict(w.mounts.evicted)

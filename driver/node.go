@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"maps"
@@ -165,8 +164,14 @@ func (n *node) ensure(ctx context.Context, v view, want brokerwire.Volume, path 
 	if err != nil {
 		return false, err
 	}
+	if err := os.Chmod(path, stagedMode); err != nil {
+		return false, fmt.Errorf("mount point: %w", err)
+	}
 	if err := n.broker.Mount(ctx, want, path); err != nil {
 		n.undo(ctx, path, made || want.Inline)
+		if !made && !want.Inline {
+			err = errors.Join(err, unstaged(path))
+		}
 		return false, fmt.Errorf("mount volume %s: %w", quote(want.ID), err)
 	}
 	return true, nil
@@ -251,6 +256,14 @@ func (n *node) undo(ctx context.Context, path string, made bool) {
 	}
 }
 
+// unstaged gives a staging directory its permissions back.
+func unstaged(path string) error {
+	if err := os.Chmod(path, unstagedMode); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("staging path: %w", err)
+	}
+	return nil
+}
+
 func (n *node) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVolumeRequest) (*csi.NodeUnstageVolumeResponse, error) {
 	id := req.GetVolumeId()
 	if err := errors.Join(checkID(id), checkPath("staging_target_path", req.GetStagingTargetPath())); err != nil {
@@ -276,6 +289,9 @@ func (n *node) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVolume
 		return &csi.NodeUnstageVolumeResponse{}, nil
 	}
 	if err := n.clear(ctx, v, id, path); err != nil {
+		return nil, err
+	}
+	if err := unstaged(path); err != nil {
 		return nil, err
 	}
 	return &csi.NodeUnstageVolumeResponse{}, nil
@@ -344,7 +360,7 @@ func (n *node) ensureStaged(ctx context.Context, v view, req *csi.NodePublishVol
 			return err
 		}
 		return n.refresh(ctx, m, want.Credentials)
-	case ok || v.dead(staging) || stagedByKubelet(want.ID, staging):
+	case ok || v.dead(staging) || v.wasStaged(staging):
 		n.log.Warn("stage again what had died", "volume", want.ID, "path", staging)
 		_, err := n.ensure(ctx, v, want, staging)
 		return err
@@ -369,19 +385,20 @@ func fits(staged, want brokerwire.Volume, group string) error {
 	return nil
 }
 
-// stagedByKubelet reads the kubelet's own note of what it has staged, beside the staging path.
-func stagedByKubelet(id, staging string) bool {
-	f, err := os.Open(filepath.Join(filepath.Dir(staging), "vol_data.json"))
-	if err != nil {
+// A directory that something is staged on has no permissions: nobody but root can write under
+// a mount that died, and what remains of it tells that the volume was staged.
+const (
+	stagedMode   = 0
+	unstagedMode = 0o750
+)
+
+// wasStaged reports whether a volume was staged at path and not unstaged since.
+func (v view) wasStaged(path string) bool {
+	if _, mounted := v.table.at(path); mounted { // and might not answer
 		return false
 	}
-	defer f.Close()
-	var note struct {
-		DriverName   string `json:"driverName"`
-		VolumeHandle string `json:"volumeHandle"`
-	}
-	err = json.NewDecoder(io.LimitReader(f, 64<<10)).Decode(&note)
-	return err == nil && note.DriverName == Name && note.VolumeHandle == id
+	st, err := os.Lstat(path)
+	return err == nil && st.IsDir() && st.Mode().Perm() == stagedMode
 }
 
 // publishInline mounts a pod's own volume below the run directory and binds it: it has no

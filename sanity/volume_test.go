@@ -156,12 +156,13 @@ func checkSocket(t *testing.T, target string, objects map[string][]byte) {
 type apart struct {
 	*stack.Kubelet
 	dir    string
-	inline string // the endpoint that inline volumes may name
+	inline string              // the endpoint that inline volumes may name
+	more   map[string][]string // arguments of one process
 	procs  map[string]*exec.Cmd
 	t      *testing.T
 }
 
-func startApart(t *testing.T, inlineEndpoint string) *apart {
+func startApart(t *testing.T, inlineEndpoint string, more ...string) *apart {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "apart-")
 	if err != nil {
@@ -173,6 +174,10 @@ func startApart(t *testing.T, inlineEndpoint string) *apart {
 		}
 	}
 	a := &apart{dir: dir, inline: inlineEndpoint, procs: map[string]*exec.Cmd{}, t: t}
+	a.more = map[string][]string{}
+	for i := 0; i < len(more); i += 2 { // process, argument
+		a.more[more[i]] = append(a.more[more[i]], more[i+1])
+	}
 	a.Kubelet = stack.NewKubelet(filepath.Join(dir, "kubelet"), filepath.Join(dir, "run", "ctl.sock"), filepath.Join(dir, "run", "node.sock"))
 	t.Cleanup(a.close)
 	for _, name := range []string{"master", "node", "worker", "controller"} {
@@ -192,13 +197,13 @@ func (a *apart) start(name string) {
 		"controller": {"csi", "controller", "--endpoint", "unix://" + filepath.Join(run, "ctl.sock"), "--master", master, "--metrics-listen", ""},
 		"node": {"csi", "node", "--endpoint", "unix://" + filepath.Join(run, "node.sock"), "--run-dir", run, "--tier-dir", filepath.Join(a.dir, "tier"),
 			"--view", filepath.Join(run, "view"), "--node-name", "n1", "--metrics-listen", "", "--inline-endpoint", a.inline},
-		"worker": {"worker", "--run-dir", run, "--tier", filepath.Join(a.dir, "tier") + ":1GiB", "--view", filepath.Join(run, "view"),
+		"worker": {"worker", "--run-dir", run, "--tier", filepath.Join(a.dir, "tier") + ":4GiB", "--view", filepath.Join(run, "view"),
 			"--node-name", "n1", "--master", master, "--metrics-listen", "unix://" + filepath.Join(run, "worker-metrics.sock")},
 	}[name]
 	if name == "worker" { // as its init container would: the view has to be there
 		a.await(func() bool { return exec.Command("mountpoint", "-q", filepath.Join(run, "view")).Run() == nil })
 	}
-	cmd := exec.Command(larderBinary, args...)
+	cmd := exec.Command(larderBinary, append(args, a.more[name]...)...)
 	log, err := os.OpenFile(filepath.Join(a.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		a.t.Fatal(err)

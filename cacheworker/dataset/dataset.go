@@ -75,9 +75,14 @@ func Open(v brokerwire.Volume, deps Deps) (*Dataset, error) {
 }
 
 // Check reports whether the dataset can be listed with this credential. What is asked is
-// the first page of its root, which is kept: the next volume of the same principal asks nothing.
+// the first page of its root, which is kept: the next volume of the same principal asks
+// nothing. Where that is empty the store is asked again, for a bucket or folder that does not exist
+// looks empty too.
 func (d *Dataset) Check(ctx context.Context) error {
-	_, _, err := d.view.List(ctx, d.prefix, "", d.Freshness)
+	es, _, err := d.view.List(ctx, d.prefix, "", d.Freshness)
+	if err == nil && len(es) == 0 {
+		err = d.view.Check(ctx, d.prefix)
+	}
 	return err
 }
 

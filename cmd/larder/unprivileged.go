@@ -13,7 +13,7 @@ import (
 // startUnprivileged starts a program as uid without any capability, for root too, and with no
 // way to get one: neither by a set-user-ID file nor by one with capabilities.
 func startUnprivileged(cmd *exec.Cmd, uid uint32) error {
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+	cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uid, Gid: uid}
 	started := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // and never unlock: the thread ends with this goroutine, which has given its rights up

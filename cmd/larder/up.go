@@ -45,6 +45,7 @@ type up struct {
 
 	log     *slog.Logger
 	hurried context.Context // done after a second signal
+	held    *os.File        // the lock; the children inherit it
 }
 
 func upCommand() *cobra.Command {
@@ -77,11 +78,11 @@ func (u *up) run(ctx context.Context) (err error) {
 	if err := u.prepare(); err != nil {
 		return err
 	}
-	lock, err := u.lock(ctx)
+	u.held, err = u.lock(ctx)
 	if err != nil {
 		return err
 	}
-	defer lock.Close()
+	defer u.held.Close()
 	if err := u.clean(); err != nil { // of an earlier one that was killed
 		return err
 	}
@@ -188,7 +189,7 @@ func (u *up) prepare() error {
 	if err := os.Chown(u.runDir(), 0, int(u.workerUID)); err != nil {
 		return err
 	}
-	return os.Chmod(u.runDir(), os.ModeSticky|0o771)
+	return os.Chmod(u.runDir(), os.ModeSticky|0o770)
 }
 
 // chownTree gives the tier to the worker; it is walked only if it was another user's.
@@ -205,8 +206,8 @@ func chownTree(dir string, uid int) error {
 	return errors.Join(err, os.Chown(dir, uid, -1)) // the folder itself last: it says that all of it is done
 }
 
-// lock makes sure that there is one `up` for a directory. The children of one that was killed are
-// about to end.
+// lock makes sure that there is one `up` for a directory. The children of one that was killed
+// hold it too, until they have ended.
 func (u *up) lock(ctx context.Context) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(u.runDir(), "lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
@@ -293,7 +294,7 @@ func (u *up) runWorker(ctx context.Context) error {
 	if u.fileRoot != "" {
 		dirs = append(dirs, u.fileRoot)
 	}
-	const first = 4 // behind the standard ones and the lifeline
+	const first = 5 // behind the standard ones, the lifeline and the lock
 	at := func(i int) string { return fmt.Sprintf("/proc/self/fd/%d", first+i) }
 	args := []string{"worker", "--run-dir", at(0), "--tier", at(1) + ":" + strconv.FormatInt(u.tier.bytes, 10), "--view", at(2),
 		"--node-name", u.nodeName, "--master", "unix://" + at(0) + "/" + masterSocket, "--metrics-listen", "unix://" + at(0) + "/worker-metrics.sock"}
@@ -369,9 +370,10 @@ func (u *up) child(ctx context.Context, dirs, args []string) error {
 		return err
 	}
 	defer w.Close()
-	files := []*os.File{r}
+	defer r.Close()
+	files := []*os.File{r, u.held}
 	defer func() {
-		for _, f := range files {
+		for _, f := range files[2:] {
 			f.Close()
 		}
 	}()
@@ -386,6 +388,7 @@ func (u *up) child(ctx context.Context, dirs, args []string) error {
 	cmd.Stderr, cmd.ExtraFiles = os.Stderr, files
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = stopWait
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a Ctrl-C at the terminal is for the parent, which stops them in order
 	start := cmd.Start
 	if args[0] == "worker" {
 		start = func() error { return startUnprivileged(cmd, uint32(u.workerUID)) }

@@ -69,6 +69,7 @@ type Broker struct {
 	dev uint64 // st_dev of the tier
 
 	adoptions sync.WaitGroup // hand-overs under way
+	stopping  chan struct{}  // closed when Run ends
 	takeovers atomic.Int64   // since the start
 	stalled   atomic.Int64   // nanoseconds that mounts were without a worker before those
 	mounting  sync.Mutex     // one mount or unmount at a time; held across both
@@ -103,7 +104,7 @@ func New(cfg Config) (*Broker, error) {
 	if cfg.ReadAhead == 0 {
 		cfg.ReadAhead = 256 << 10
 	}
-	return &Broker{cfg: cfg, mounts: map[string]*mount{}, came: make(chan struct{})}, nil
+	return &Broker{cfg: cfg, mounts: map[string]*mount{}, came: make(chan struct{}), stopping: make(chan struct{})}, nil
 }
 
 // Run serves the socket until ctx ends.
@@ -119,12 +120,16 @@ func (b *Broker) Run(ctx context.Context) (err error) {
 		}
 	}
 	warnTimeout(b.cfg.Log)
+	if err := mountFusectl(); err != nil {
+		b.cfg.Log.Warn("no fusectl: a mount without a worker cannot be aborted while a stopped process holds it", "err", err)
+	}
 	l, err := brokerwire.ListenPacket(b.cfg.Socket, 0o666) // who may do what is decided by SO_PEERCRED
 	if err != nil {
 		return err
 	}
 	defer os.Remove(b.cfg.Socket)
 	defer b.adoptions.Wait()
+	defer close(b.stopping)
 	g, gctx := errgroup.WithContext(ctx)
 	context.AfterFunc(gctx, func() { l.Close() })
 	if b.cfg.UnmountAtExit {
@@ -287,6 +292,9 @@ func (b *Broker) handOver(s *session, m *mount) {
 	m.mu.Lock()
 	stall := time.Since(m.lost)
 	m.mu.Unlock()
+	if !m.canResend() {
+		b.adoptions.Go(func() { b.watchLost(m) })
+	}
 	b.takeovers.Add(1)
 	b.stalled.Add(int64(stall))
 	if err := m.ensureSocket(ctx, s); err != nil {

@@ -264,6 +264,7 @@ const (
 	initInSize, initOutSize                      = 40 + 64, 16 + 64
 	initWantsFlags2                       uint32 = 1 << 30 // FUSE_INIT_EXT
 	passthroughFlag                              = 1 << 5  // FUSE_PASSTHROUGH, in flags2
+	resendFlag                                   = 1 << 7  // FUSE_HAS_RESEND, in flags2
 )
 
 func u32(b []byte, off int) uint32 { return binary.LittleEndian.Uint32(b[off:]) }
@@ -442,6 +443,39 @@ func (b *Broker) expire(m *mount) {
 		b.cfg.Log.Warn("abort connection", "path", m.path, "err", err)
 	}
 	b.release(context.Background(), m)
+}
+
+// watchLost ends a mount whose kernel cannot deliver requests again and that lost some with its
+// worker: they would wait for ever. None was lost if, at any moment until the deadline, none waits.
+func (b *Broker) watchLost(m *mount) {
+	t := time.NewTicker(lostSample)
+	defer t.Stop()
+	for end := time.Now().Add(b.cfg.TakeoverDeadline); time.Now().Before(end); {
+		n, err := waiting(m.dev)
+		if err != nil || n == 0 || m.gone.Load() {
+			return
+		}
+		select {
+		case <-t.C:
+		case <-b.stopping:
+			return
+		}
+	}
+	b.cfg.Log.Error("requests were lost with a worker, on a kernel without FUSE_NOTIFY_RESEND: the mount is given up, its pods must be restarted",
+		"volume", m.id, "path", m.path)
+	if err := abort(m.dev); err != nil {
+		b.cfg.Log.Error("abort connection", "path", m.path, "err", err)
+	}
+	b.release(context.Background(), m)
+}
+
+const lostSample = 100 * time.Millisecond
+
+// canResend reports whether the kernel delivers requests again.
+func (m *mount) canResend() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.state.InitOut) >= initOutSize && u32(m.state.InitOut, outFlags2)&resendFlag != 0
 }
 
 // reconcile removes mounts of this broker's name that nobody holds: both holders died. Only after a

@@ -238,14 +238,33 @@ func removeDead(name string, held map[uint64]bool) (dead []string, err error) {
 	return dead, errors.Join(errs...)
 }
 
-// abort ends a FUSE connection through fusectl, where that is mounted: even a process that is
-// stopped and still holds a descriptor cannot keep its readers waiting.
+const fusectl = "/sys/fs/fuse/connections"
+
+// mountFusectl makes the kernel's control files of FUSE connections available.
+func mountFusectl() error {
+	if _, ok, err := topmost(fusectl); err != nil || ok {
+		return err
+	}
+	return unix.Mount("fusectl", fusectl, "fusectl", 0, "")
+}
+
+// abort ends a FUSE connection: even a process that is stopped and still holds a descriptor
+// cannot keep its readers waiting.
 func abort(dev uint64) error {
-	err := os.WriteFile(fmt.Sprintf("/sys/fs/fuse/connections/%d/abort", unix.Minor(dev)), []byte("1"), 0)
-	if errors.Is(err, os.ErrNotExist) {
+	err := os.WriteFile(fmt.Sprintf("%s/%d/abort", fusectl, unix.Minor(dev)), []byte("1"), 0)
+	if errors.Is(err, os.ErrNotExist) { // ended already, or no fusectl
 		return nil
 	}
 	return err
+}
+
+// waiting is the number of requests of a connection that have no answer yet.
+func waiting(dev uint64) (int, error) {
+	b, err := os.ReadFile(fmt.Sprintf("%s/%d/waiting", fusectl, unix.Minor(dev)))
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(strings.TrimSpace(string(b)))
 }
 
 // makeView mounts dir a second time, read-only. One that is there, made by a broker that was

@@ -49,6 +49,9 @@ var (
 	ErrUnavailable = record.ErrUnavailable
 )
 
+// ValidID reports whether the master can know a volume by that id.
+func ValidID(id string) bool { return record.ValidID(id) }
+
 // Config says where the master is.
 type Config struct {
 	Target  string        // "unix:///path" or "host:port"

@@ -1,0 +1,199 @@
+package sanity
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/larderfs/larder/sanity/leak"
+	"github.com/larderfs/larder/sanity/s3test"
+)
+
+// opened is a child process that has a file open and reads it to its end when it is told to.
+type opened struct {
+	cmd *exec.Cmd
+	in  io.WriteCloser
+	out *bufio.Reader
+}
+
+func open(t *testing.T, file string) *opened {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "sh", "-c", `exec 3< "$0"; echo open; read _; sha256sum <&3`, file)
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	o := &opened{cmd, in, bufio.NewReader(out)}
+	if line, err := o.out.ReadString('\n'); err != nil || line != "open\n" {
+		t.Fatalf("open %s: %q, %v", file, line, err)
+	}
+	return o
+}
+
+func (o *opened) read() (string, error) {
+	fmt.Fprintln(o.in)
+	line, _ := o.out.ReadString('\n')
+	return line, o.cmd.Wait()
+}
+
+// Passthrough handles keep reading, and close, while no worker runs at all.
+func TestPassthroughReaderNeedsNoWorker(t *testing.T) {
+	store := s3test.Start(t)
+	big := make([]byte, 1<<30)
+	copy(big, pattern(1<<20, 5))
+	for n := 1 << 20; n < len(big); n *= 2 {
+		copy(big[n:], big[:n])
+	}
+	want := sum(big)
+	put(t, store, map[string][]byte{"ds/big": big})
+	a := startApart(t, store.Endpoint)
+	_, target := publish(t, a.Kubelet, bucket(store, "v", "ds"))
+	mustShell(t, "cat "+target+"/data/big > /dev/null; cat "+target+"/data/big > /dev/null")
+	o := open(t, target+"/data/big")
+	a.end("worker", syscall.SIGKILL)
+	if got, err := o.read(); err != nil || !strings.HasPrefix(got, want) {
+		t.Errorf("read without a worker: %q, %v", got, err)
+	}
+	a.start("worker")
+	if err := a.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Both holders of a mount's descriptors die: the mount is dead by nature. A new reader is
+// served within five seconds, and nothing is stacked or leaked.
+func TestBothHoldersDie(t *testing.T) {
+	store := s3test.Start(t)
+	put(t, store, map[string][]byte{"ds/f": pattern(2<<20, 7)})
+	want := sum(pattern(2<<20, 7))
+	a := startApart(t, store.Endpoint)
+	v, target := publish(t, a.Kubelet, bucket(store, "v", "ds"))
+	rounds := 100
+	if testing.Short() {
+		rounds = 3
+	}
+	before := mountsOf(t, a.dir)
+	var worst time.Duration
+	for range rounds {
+		mustShell(t, "cat "+target+"/data/f > /dev/null")
+		a.end("node", syscall.SIGKILL)
+		a.end("worker", syscall.SIGKILL)
+		start := time.Now()
+		a.start("node")
+		a.start("worker")
+		if err := a.WaitReady(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := a.PublishPod(t.Context(), v, "v"); err != nil { // the kubelet's republish
+			t.Fatal(err)
+		}
+		if got := mustShell(t, "sha256sum < "+target+"/data/f"); !strings.HasPrefix(got, want) {
+			t.Fatalf("read %s", got)
+		}
+		worst = max(worst, time.Since(start))
+	}
+	t.Logf("%d rounds; a new reader was served after at most %v", rounds, worst)
+	if worst > 5*time.Second {
+		t.Errorf("a new reader was served after %v", worst)
+	}
+	if after := mountsOf(t, a.dir); after != before {
+		t.Errorf("mounts before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+func mountsOf(t *testing.T, dir string) string {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out []string
+	for line := range strings.SplitSeq(string(b), "\n") {
+		if f := strings.Fields(line); len(f) > 5 && strings.Contains(line, dir) {
+			out = append(out, f[3]+" "+f[4]+" "+f[5])
+		}
+	}
+	return strings.Join(out, "\n")
+}
+
+// A worker that never returns: reads end with an error after the deadline, the readers can be
+// killed, and the volume unpublished.
+func TestWorkerNeverReturns(t *testing.T) {
+	store := s3test.Start(t)
+	put(t, store, map[string][]byte{"ds/f": pattern(2<<20, 7), "ds/g": pattern(2<<20, 8)})
+	a := startApart(t, store.Endpoint, "node", "--takeover-deadline=2s")
+	v, target := publish(t, a.Kubelet, bucket(store, "v", "ds"))
+	mustShell(t, "cat "+target+"/data/f > /dev/null")
+	a.end("worker", syscall.SIGKILL)
+	out, err := shell(t, "cat "+target+"/data/g")
+	if err == nil || strings.Contains(err.Error(), "killed") {
+		t.Errorf("a read without a worker: %v; want an I/O error after the deadline", err)
+	}
+	t.Logf("the read ended with: %s", out)
+	if err := a.UnpublishPod(t.Context(), v, target); err != nil {
+		t.Error(err)
+	}
+	if err := a.Unstage(t.Context(), v); err != nil {
+		t.Error(err)
+	}
+	if m := leak.Mounts(filepath.Join(a.dir, "kubelet")); len(m) > 0 {
+		t.Errorf("left mounted: %v", m)
+	}
+	a.start("worker")
+	if err := a.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Without RESEND a request in flight at a SIGKILL hangs until the deadline; everything else
+// goes on, and the log says which guarantee is weaker.
+func TestKernelWithoutResend(t *testing.T) {
+	store := s3test.Start(t)
+	put(t, store, map[string][]byte{"ds/f": pattern(2<<20, 7), "ds/g": pattern(2<<20, 8)})
+	a := startApart(t, store.Endpoint, "worker", "--no-resend", "worker", "--no-passthrough", "node", "--takeover-deadline=3s")
+	_, target := publish(t, a.Kubelet, bucket(store, "v", "ds"))
+	f := open(t, target+"/data/f")
+	a.end("worker", syscall.SIGKILL)
+	a.start("worker")
+	if got, err := f.read(); err != nil || !strings.HasPrefix(got, sum(pattern(2<<20, 7))) {
+		t.Errorf("a file that was open: %q, %v", got, err)
+	}
+	held := make(chan struct{})
+	store.SetHook(s3test.Times(1, s3test.Get, s3test.Stall(1)))
+	go func() { defer close(held); shell(t, "cat "+target+"/data/g") }()
+	a.await(func() bool { // the READ is at the worker
+		for _, r := range store.Requests() {
+			if r.Key == "ds/g" {
+				return true
+			}
+		}
+		return false
+	})
+	a.end("worker", syscall.SIGKILL)
+	store.SetHook(nil)
+	a.start("worker")
+	select {
+	case <-held:
+	case <-time.After(30 * time.Second):
+		t.Error("a request in flight hangs beyond the deadline")
+	}
+	log, err := os.ReadFile(filepath.Join(a.dir, "log"))
+	if err != nil || !strings.Contains(string(log), "resend") {
+		t.Errorf("the log does not say that resend is missing: %v", err)
+	}
+}
