@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -38,6 +39,8 @@ type Config struct {
 	CapacityBytes int64  // of TierDir; 0 means nine tenths of its file system
 	MinFreeBytes  int64  // of the file system
 	MinFreeInodes int64
+
+	MemoryBytes int64 // of this process; 0 means nine tenths of its cgroup's limit, if that has one
 
 	BrokerSocket  string // path
 	ControlSocket string // path of its own gRPC socket
@@ -74,11 +77,16 @@ func (c Config) Validate() error {
 			errs = append(errs, fmt.Errorf("%s: %q is not an absolute path", f.name, f.path))
 		}
 	}
+	if c.MemoryBytes < 0 || c.MemoryBytes > 0 && c.MemoryBytes < minMemory {
+		errs = append(errs, fmt.Errorf("memory: %d bytes are not enough: want at least 64MiB", c.MemoryBytes))
+	}
 	if c.CapacityBytes < 0 || c.MinFreeBytes < 0 || c.MinFreeInodes < 0 {
 		errs = append(errs, errors.New("tier: capacity and what is kept free are not negative"))
 	}
 	return errors.Join(errs...)
 }
+
+const minMemory = 64 << 20
 
 // Worker is the process's parts, from its start to its end.
 type Worker struct {
@@ -114,9 +122,16 @@ func (w *Worker) Run(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, w.store.Close()) }()
-	w.fills = fill.New(fill.Config{Log: w.log}, w.store)
+	mem, err := newMemory(w.cfg.MemoryBytes, "/sys/fs/cgroup", "/proc/self/cgroup")
+	if err != nil {
+		return fmt.Errorf("memory limit: %w", err)
+	}
+	debug.SetMemoryLimit(mem.goLimit())
+	budget := mem.fills()
+	budget.Log = w.log
+	w.fills = fill.New(budget, w.store)
 	defer func() { err = errors.Join(err, w.fills.Close()) }()
-	w.metadata = metadata.New(metadata.Config{OnDenied: w.fills.Revoke, OnHead: w.fills.Grant, Log: w.log})
+	w.metadata = metadata.New(metadata.Config{MaxEntries: mem.names(), OnDenied: w.fills.Revoke, OnHead: w.fills.Grant, Log: w.log})
 	w.sources = &sources{cfg: w.cfg, nodeKey: w.store.NodeKey(), observer: &w.requests}
 	w.mounts = &mounts{w: w, held: map[string]*held{}}
 	w.store.OnEvict(w.mounts.evicted)

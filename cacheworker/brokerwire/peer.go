@@ -86,8 +86,8 @@ func (p *Peer) refuse(m Message, err error) {
 func withID(m Message, id uint64) Message { m.ID = id; return m }
 
 func (p *Peer) answer(ctx context.Context, m Message, files []*os.File) {
-	defer CloseFiles(files)
 	r, out, err := p.handle(ctx, m, files)
+	CloseFiles(files) // before the reply, which says that they are done with
 	defer CloseFiles(out)
 	if err != nil {
 		r, out = fail(err), nil

@@ -81,6 +81,7 @@ func workerCommand() *cobra.Command {
 		t           = tier{dir: "/var/cache/larder"}
 		run         string
 		minFree     size
+		memory      size
 		readOnlyDir string
 	)
 	return service("worker", "Serve the node's cache",
@@ -91,6 +92,7 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 			f.StringVar(&readOnlyDir, "view", "", "the tier's `directory` through a read-only mount; without it nothing is passed through")
 			f.Var(&minFree, "min-free", "bytes of the tier's file system that stay free")
 			f.Int64Var(&c.MinFreeInodes, "min-free-inodes", 0, "inodes of the tier's file system that stay free")
+			f.Var(&memory, "memory", "bytes that this process may use (default nine tenths of its cgroup's limit)")
 			f.StringVar(&run, "run-dir", "/run/larder", "`directory` of the sockets that worker, broker and node service share")
 			f.StringVar(&c.Node, "node-name", hostname(), "`name` of this node")
 			f.StringVar(&c.Master, "master", "", "`address` of the master: unix:///path or host:port; empty for none")
@@ -102,6 +104,7 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 		},
 		func(ctx context.Context, log *slog.Logger) error {
 			c.TierDir, c.ViewDir, c.CapacityBytes, c.MinFreeBytes = t.dir, readOnlyDir, t.bytes, minFree.bytes
+			c.MemoryBytes = memory.bytes
 			c.BrokerSocket, c.ControlSocket = filepath.Join(run, brokerSocket), filepath.Join(run, controlSocket)
 			c.Log, c.Version = log, version
 			w, err := cacheworker.New(c)

@@ -39,6 +39,7 @@ type up struct {
 	nodeName  string
 	workerUID int64 // -1: see prepare
 	minFree   size
+	memory    size
 	deadline  time.Duration
 	features  cacheworker.Features
 	metrics   string
@@ -61,6 +62,7 @@ It needs root, Linux, and nothing else. SIGTERM stops in order and leaves no mou
 			f.StringVar(&u.dir, "dir", "/var/lib/larder", "`directory` of everything")
 			f.Var(&u.tier, "tier", "cache directory and its capacity (default DIR/cache:10GiB)")
 			f.Var(&u.minFree, "min-free", "bytes of the tier's file system that stay free")
+			f.Var(&u.memory, "memory", "bytes that the worker may use (default nine tenths of its cgroup's limit)")
 			f.StringVar(&u.nodeName, "node-name", hostname(), "`name` of this node")
 			f.StringVar(&u.metrics, "metrics-listen", "", "`address` of this process's /metrics, beside DIR/run/*-metrics.sock")
 			f.Int64Var(&u.workerUID, "worker-uid", -1, "user `id` that the worker runs as, without capabilities; it owns the tier (default the owner of --file-root, else 65534)")
@@ -300,6 +302,9 @@ func (u *up) runWorker(ctx context.Context) error {
 		"--node-name", u.nodeName, "--master", "unix://" + at(0) + "/" + masterSocket, "--metrics-listen", "unix://" + at(0) + "/worker-metrics.sock"}
 	if u.fileRoot != "" {
 		args = append(args, "--file-root", u.fileRoot, "--file-root-path", at(3))
+	}
+	if u.memory.bytes > 0 {
+		args = append(args, "--memory", u.memory.String())
 	}
 	if u.minFree.bytes > 0 {
 		args = append(args, "--min-free", u.minFree.String())

@@ -1,0 +1,118 @@
+package cacheworker
+
+import (
+	"bufio"
+	"errors"
+	"io/fs"
+	"math"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/larderfs/larder/cacheworker/fill"
+)
+
+// memory says how much the worker may use, and divides it.
+//
+// The limit is the flag's, or nine tenths of the cgroup's (v1 or v2), or none. Go's heap is
+// kept below it by GOMEMLIMIT; what is fetched and not yet written, and what is read through,
+// have budgets of their own, at which readers wait.
+type memory struct {
+	limit int64 // bytes; 0 for none
+}
+
+func newMemory(flag int64, cgroupRoot, self string) (memory, error) {
+	if flag > 0 {
+		return memory{flag}, nil
+	}
+	limit, err := cgroupLimit(cgroupRoot, self)
+	if err != nil || limit == 0 {
+		return memory{}, err
+	}
+	return memory{limit / 10 * 9}, nil
+}
+
+// goLimit is Go's soft limit: what remains is for stacks, page tables and pipes.
+func (m memory) goLimit() int64 {
+	if m.limit == 0 {
+		return math.MaxInt64
+	}
+	return m.limit / 10 * 8
+}
+
+// fills is the share of what is on its way, and of what the cache has no room for.
+func (m memory) fills() fill.Config {
+	if m.limit == 0 {
+		return fill.Config{}
+	}
+	return fill.Config{
+		MaxInFlightBytes: min(256<<20, max(m.limit/4, 8<<20)),
+		RecentBytes:      min(64<<20, max(m.limit/16, 1<<20)),
+	}
+}
+
+// names is how many entries of folders may be remembered, at some 250 bytes each.
+func (m memory) names() int {
+	if m.limit == 0 {
+		return 0
+	}
+	return int(min(1_000_000, max(m.limit/8/250, 10_000)))
+}
+
+// cgroupLimit is the smallest memory limit of the cgroups that this process is in, in bytes; 0 for
+// none. root is where they are mounted, self is /proc/self/cgroup.
+func cgroupLimit(root, self string) (int64, error) {
+	f, err := os.Open(self)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	limit := int64(0)
+	for sc := bufio.NewScanner(f); sc.Scan(); {
+		_, rest, _ := strings.Cut(sc.Text(), ":") // hierarchy:controllers:path
+		controllers, path, _ := strings.Cut(rest, ":")
+		var dir, file string
+		switch {
+		case controllers == "":
+			dir, file = root, "memory.max"
+			if _, err := os.Stat(filepath.Join(root, "unified")); err == nil {
+				dir = filepath.Join(root, "unified")
+			}
+		case strings.Contains(","+controllers+",", ",memory,"):
+			dir, file = filepath.Join(root, "memory"), "memory.limit_in_bytes"
+		default:
+			continue
+		}
+		for p := filepath.Clean("/" + path); ; p = filepath.Dir(p) { // a parent's limit counts too
+			limit = smaller(limit, readLimit(filepath.Join(dir, p, file)))
+			if p == "/" {
+				break
+			}
+		}
+	}
+	return limit, nil
+}
+
+// readLimit is 0 for none: no such file, "max", or v1's page-rounded infinity.
+func readLimit(file string) int64 {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return 0
+	}
+	n, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
+	if err != nil || n >= 1<<60 {
+		return 0
+	}
+	return n
+}
+
+func smaller(a, b int64) int64 {
+	if a == 0 || b != 0 && b < a {
+		return b
+	}
+	return a
+}
