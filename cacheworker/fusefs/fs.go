@@ -290,6 +290,9 @@ func (m *Mount) usable(f *file) bool { return f.mode == passthrough && f.backing
 // entryOut fills in a reply that gives the kernel a reference. Requires table.mu.
 func (m *Mount) entryOut(n *node, at time.Time, out *fuse.EntryOut) {
 	m.table.referenced(n)
+	if n.file != nil {
+		n.file.looked = true
+	}
 	out.NodeId = n.id
 	out.Generation = 1
 	out.SetEntryTimeout(m.validFor(at))

@@ -3,6 +3,8 @@ package fusefs
 import (
 	"context"
 	"errors"
+	"fmt"
+	"log/slog"
 	"syscall"
 	"time"
 
@@ -17,7 +19,7 @@ import (
 const (
 	writing = syscall.O_ACCMODE | syscall.O_TRUNC
 
-	// slack is added to freshness at open: the look-up of the same open(2) was just before.
+	// slack is added to freshness at an open that follows a look-up: it was of the same open(2).
 	slack = time.Second
 
 	// registerWait is how long an open waits for a broker that is being restarted; then the
@@ -69,10 +71,15 @@ func (m *Mount) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut)
 // current reports whether the node's name still leads to it, asking the store if what is
 // known of it is too old, and whether it is in the mode that a new node would be.
 func (m *Mount) current(ctx context.Context, n *node) (bool, error) {
-	m.table.mu.RLock()
+	d := m.data.Load()
+	limit := d.Freshness
+	m.table.mu.Lock()
 	gone, checked := n.file.gone, n.file.checked
-	m.table.mu.RUnlock()
-	if d := m.data.Load(); !gone && time.Since(checked) > d.Freshness+slack {
+	if n.file.looked {
+		limit, n.file.looked = limit+slack, false
+	}
+	m.table.mu.Unlock()
+	if !gone && time.Since(checked) > limit {
 		e, err := d.Lookup(ctx, n.parent.key, n.name, d.Freshness)
 		if err != nil && !errors.Is(err, object.ErrNotFound) {
 			return false, err
@@ -170,7 +177,11 @@ func (m *Mount) answerOpen(ctx context.Context, n *node, r *fill.Reader, out *fu
 		backing, err := m.backing(ctx, n, r)
 		if err != nil {
 			// No page of this inode may be cached, and none is: the kernel asks us for each read.
-			m.cfg.Log.Warn("passthrough", "volume", m.cfg.Volume.ID, "object", r.Object().String(), "err", err)
+			level := slog.LevelWarn
+			if errors.Is(err, object.ErrIncomplete) {
+				level = slog.LevelDebug
+			}
+			m.cfg.Log.Log(ctx, level, "passthrough", "volume", m.cfg.Volume.ID, "object", r.Object().String(), "err", err)
 			out.OpenFlags = fuse.FOPEN_NOFLUSH | fuse.FOPEN_DIRECT_IO
 			return
 		}
@@ -191,7 +202,7 @@ func (m *Mount) backing(ctx context.Context, n *node, r *fill.Reader) (int32, er
 		return id, nil
 	}
 	if others { // opened without: what one of them has mapped is in the page cache, and the kernel mixes nothing
-		return 0, errors.New("open without passthrough already")
+		return 0, fmt.Errorf("opened without passthrough before: %w", object.ErrIncomplete)
 	}
 	file := r.File()
 	if file == nil {
@@ -256,12 +267,16 @@ func (m *Mount) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 	off, size := int64(in.Offset), int(min(int64(in.Size), max(0, n.file.size-int64(in.Offset))))
 	m.cfg.Counters.ReadBytes.Add(uint64(size))
 	if fd, release, ok := r.Span(off, size); ok && size > 0 {
-		s := &span{fd: fd, off: off, size: size, done: func() { release(); m.unhold(n, false) }}
 		if m.cfg.Features.Splice && size <= spliceMax {
 			m.cfg.Counters.Spliced.Add(1)
-			return seekable{s}, fuse.OK
+			return span{fd: fd, off: off, size: size, done: func() { release(); m.unhold(n, false) }}, fuse.OK
 		}
-		return s, fuse.OK
+		got, err := syscall.Pread(fd, buf[:size], off)
+		release()
+		if err == nil && got == size {
+			m.unhold(n, false)
+			return fuse.ReadResultData(buf[:got]), fuse.OK
+		}
 	}
 	defer m.unhold(n, false)
 	ctx, stop := m.requestContext(cancel)
@@ -273,7 +288,8 @@ func (m *Mount) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 	return fuse.ReadResultData(buf[:got]), fuse.OK
 }
 
-// span is an answer that lies in the cache file. It is valid until Done.
+// span is an answer that lies in the cache file, from which go-fuse splices it. It is valid
+// until Done.
 type span struct {
 	fd   int
 	off  int64
@@ -281,21 +297,18 @@ type span struct {
 	done func()
 }
 
-func (s *span) Size() int { return s.size }
-func (s *span) Done()     { s.done() }
+func (s span) Size() int                                   { return s.size }
+func (s span) Done()                                       { s.done() }
+func (s span) Seekable() (fd uintptr, off int64, size int) { return uintptr(s.fd), s.off, s.size }
 
-func (s *span) Bytes(buf []byte) ([]byte, fuse.Status) {
+// Bytes is for when splicing fails.
+func (s span) Bytes(buf []byte) ([]byte, fuse.Status) {
 	n, err := syscall.Pread(s.fd, buf[:s.size], s.off)
 	if err != nil || n < s.size {
 		return nil, fuse.EIO
 	}
 	return buf[:n], fuse.OK
 }
-
-// seekable is a span that go-fuse splices.
-type seekable struct{ *span }
-
-func (s seekable) Seekable() (fd uintptr, off int64, size int) { return uintptr(s.fd), s.off, s.size }
 
 // Release implements fuse.RawFileSystem.
 func (m *Mount) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {

@@ -67,6 +67,7 @@ type file struct {
 
 	// Guarded by the mutex of the table.
 	checked time.Time           // when the name last led to this object
+	looked  bool                // the kernel has looked it up since the last open
 	stale   bool                // another node is opened instead: the name leads elsewhere, or the mode has had its time
 	gone    bool                // the name leads to another object, or to nothing
 	told    map[uint32]struct{} // threads that were answered ESTALE
