@@ -11,10 +11,12 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -474,7 +476,7 @@ var mutations = []struct {
 	{"link", func(p string) error { return unix.Link(p, p+"-new") }},
 	{"symlink", func(p string) error { return unix.Symlink("x", p+"-new") }},
 	{"mkdir", func(p string) error { return unix.Mkdir(p+"-new", 0o755) }},
-	{"rmdir", func(p string) error { return unix.Rmdir(p + "/../folder") }},
+	{"rmdir", func(p string) error { return unix.Rmdir(strings.TrimSuffix(filepath.Dir(p), "/folder") + "/folder") }},
 	{"mkfifo", func(p string) error { return unix.Mkfifo(p+"-new", 0o644) }},
 	{"bind a socket", bindSocket},
 	{"set an attribute", func(p string) error { return unix.Setxattr(p, "user.x", []byte("x"), 0) }},
