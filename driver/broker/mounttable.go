@@ -23,12 +23,13 @@ import (
 // entry is a line of /proc/self/mountinfo. Reading it never touches a file system, so a
 // dead FUSE mount cannot block us.
 type entry struct {
-	dev      uint64
-	root     string // what of the file system is mounted
-	path     string
-	readOnly bool // the mount, whatever the file system is
-	fstype   string
-	source   string
+	dev        uint64
+	root       string // what of the file system is mounted
+	path       string
+	readOnly   bool // the mount, whatever the file system is
+	fstype     string
+	source     string
+	fsReadOnly bool // the file system itself
 }
 
 func mountTable() ([]entry, error) {
@@ -55,7 +56,7 @@ func mountTable() ([]entry, error) {
 func parseEntry(line string) (entry, bool) {
 	left, right, ok := strings.Cut(line, " - ")
 	f, g := strings.Fields(left), strings.Fields(right)
-	if !ok || len(f) < 6 || len(g) < 2 {
+	if !ok || len(f) < 6 || len(g) < 3 {
 		return entry{}, false
 	}
 	major, minor, ok := strings.Cut(f[2], ":")
@@ -65,7 +66,8 @@ func parseEntry(line string) (entry, bool) {
 		return entry{}, false
 	}
 	return entry{dev: unix.Mkdev(uint32(ma), uint32(mi)), root: unescape(f[3]), path: unescape(f[4]),
-		readOnly: slices.Contains(strings.Split(f[5], ","), "ro"), fstype: g[0], source: unescape(g[1])}, true
+		readOnly: slices.Contains(strings.Split(f[5], ","), "ro"), fstype: g[0], source: unescape(g[1]),
+		fsReadOnly: slices.Contains(strings.Split(g[2], ","), "ro")}, true
 }
 
 // unescape undoes the kernel's \040 for space, tab, newline and backslash.
@@ -307,6 +309,9 @@ func setReadAhead(dev uint64, bytes int64) error {
 // setReadOnly changes the file system at path, and with it all mounts of it: nobody but the broker, for
 // a moment, can write there, and everybody is told EROFS, also who had not the permission.
 func setReadOnly(path string, on bool) error {
+	if e, ok, err := topmost(path); err != nil || ok && e.fsReadOnly == on {
+		return err // to reconfigure drops all that the kernel knows of names
+	}
 	fd, err := unix.Fspick(unix.AT_FDCWD, path, unix.FSPICK_CLOEXEC|unix.FSPICK_SYMLINK_NOFOLLOW|unix.FSPICK_NO_AUTOMOUNT)
 	if err != nil {
 		return fmt.Errorf("reconfigure %s: %w", path, err)
