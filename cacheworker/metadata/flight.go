@@ -223,7 +223,7 @@ func (v *View) head(ctx context.Context, dir, name string, a ask) (Entry, error)
 		return Entry{}, err
 	}
 	if len(seg.slots) == 0 {
-		return Entry{}, object.ErrNotFound
+		return Entry{At: seg.time()}, object.ErrNotFound
 	}
 	return v.t.entry(seg.slots[0], name, seg), nil
 }
@@ -249,7 +249,7 @@ func (v *View) probe(ctx context.Context, dir, name string, a ask) (Entry, error
 		return Entry{}, err
 	}
 	if len(seg.slots) == 0 {
-		return Entry{}, object.ErrNotFound
+		return Entry{At: seg.time()}, object.ErrNotFound
 	}
 	return Entry{Name: name, Folder: true, At: seg.time()}, nil
 }

@@ -173,12 +173,13 @@ func (v *View) Check(ctx context.Context, prefix string) error {
 
 // Lookup finds name in the folder dir ("" or ending in "/", the full key prefix). The answer
 // is at most maxAge old; with maxAge 0 the store is asked after the call began. A name
-// that does not exist is object.ErrNotFound, and that is remembered too. A folder hides a
+// that does not exist is object.ErrNotFound, and that is remembered too (the entry's At says when
+// the store was asked, if it was). A folder hides a
 // file of the same name as soon as it is known; a HEAD alone does not look for it.
 func (v *View) Lookup(ctx context.Context, dir, name string, maxAge time.Duration) (Entry, error) {
 	e, err := v.lookup(ctx, dir, name, maxAge)
 	if err != nil {
-		return Entry{}, fmt.Errorf("look up %s/%s%s: %w", v.t.store, dir, name, err)
+		return Entry{At: e.At}, fmt.Errorf("look up %s/%s%s: %w", v.t.store, dir, name, err)
 	}
 	return e, nil
 }
@@ -263,11 +264,18 @@ func (k *knowledge) decide(t *table, name string, file, folder fact) bool {
 	case k.ask.accepts(file.seg) && file.present:
 		k.entry = t.entry(file.slot, name, file.seg)
 	case k.ask.accepts(file.seg) && k.ask.accepts(folder.seg):
-		k.err = object.ErrNotFound
+		k.entry.At, k.err = earlier(file.seg.time(), folder.seg.time()), object.ErrNotFound
 	default:
 		return false
 	}
 	return true
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
 }
 
 // in looks name up in a page; ok is false where the page does not say.
@@ -286,18 +294,19 @@ func (v *View) in(page *segment, dir, name string) (e Entry, err error, ok bool)
 // askOne asks for one name: a HEAD for a file, then a LIST of one for a folder, the other
 // way round where it was a folder.
 func (v *View) askOne(ctx context.Context, dir, name string, k knowledge) (Entry, error) {
+	first, then := v.head, v.probe
 	if k.folder {
-		e, err := v.probe(ctx, dir, name, k.ask)
-		if !errors.Is(err, object.ErrNotFound) && !errors.Is(err, object.ErrDenied) {
-			return e, err
-		}
-		return v.head(ctx, dir, name, k.ask)
+		first, then = v.probe, v.head
 	}
-	e, err := v.head(ctx, dir, name, k.ask)
+	a, err := first(ctx, dir, name, k.ask)
+	if !errors.Is(err, object.ErrNotFound) && !(k.folder && errors.Is(err, object.ErrDenied)) {
+		return a, err
+	}
+	b, err := then(ctx, dir, name, k.ask)
 	if errors.Is(err, object.ErrNotFound) {
-		return v.probe(ctx, dir, name, k.ask)
+		b.At = earlier(a.At, b.At)
 	}
-	return e, err
+	return b, err
 }
 
 // List returns entries of dir behind after, in key order: at least one, unless that was the
