@@ -197,7 +197,14 @@ func (n *node) replace(ctx context.Context, v view, id, path string) error {
 	if !v.dead(path) {
 		return n.clear(ctx, v, id, path)
 	}
-	_, err := n.stats.VolumeStats(ctx, id)
+	v, err := n.look(ctx)
+	if err != nil {
+		return err
+	}
+	if m, ok := v.volume(id); ok && v.live(m) { // the worker serves that one
+		return n.clear(ctx, v, id, path)
+	}
+	_, err = n.stats.VolumeStats(ctx, id)
 	switch {
 	case errors.Is(err, object.ErrNotFound):
 		return n.clear(ctx, v, id, path)
