@@ -443,6 +443,26 @@ func (m *Mount) Mknod(_ <-chan struct{}, in *fuse.MknodIn, name string, out *fus
 	return fuse.OK
 }
 
+// Unlink lets the broker bind the socket anew: the one before it died with the listener in its hands. The
+// kernel does not say whose request it is (FUSE_ALLOW_IDMAP); but the file system is read-only for all
+// while the broker does not bind, and the folder is root's to write.
+func (m *Mount) Unlink(_ <-chan struct{}, in *fuse.InHeader, name string) fuse.Status {
+	m.bindMu.Lock()
+	uuid := m.uuid
+	m.bindMu.Unlock()
+	if in.NodeId != domainID || name != uuid {
+		return erofs
+	}
+	m.table.mu.Lock()
+	defer m.table.mu.Unlock()
+	key := childKey{domainID, name}
+	if m.table.names[key] == nil && !resent(in) {
+		return fuse.ENOENT
+	}
+	delete(m.table.names, key)
+	return fuse.OK
+}
+
 // resent reports whether the kernel delivers a request again, which may have been executed.
 func resent(h *fuse.InHeader) bool { return h.Unique>>63 == 1 }
 
@@ -452,7 +472,6 @@ func (m *Mount) SetAttr(<-chan struct{}, *fuse.SetAttrIn, *fuse.AttrOut) fuse.St
 func (m *Mount) Mkdir(<-chan struct{}, *fuse.MkdirIn, string, *fuse.EntryOut) fuse.Status {
 	return erofs
 }
-func (m *Mount) Unlink(<-chan struct{}, *fuse.InHeader, string) fuse.Status         { return erofs }
 func (m *Mount) Rmdir(<-chan struct{}, *fuse.InHeader, string) fuse.Status          { return erofs }
 func (m *Mount) Rename(<-chan struct{}, *fuse.RenameIn, string, string) fuse.Status { return erofs }
 func (m *Mount) Link(<-chan struct{}, *fuse.LinkIn, string, *fuse.EntryOut) fuse.Status {

@@ -63,8 +63,9 @@ func (m *Mount) options() *fuse.MountOptions {
 		MaxStackDepth: 1,
 		DisableSplice: !f.Splice,
 		Logger:        slog.NewLogLogger(m.cfg.Log.Handler(), slog.LevelWarn),
-		// All that a later version may want: it cannot be asked for again.
-		ExtraCapabilities: fuse.CAP_HAS_RESEND | fuse.CAP_DIRECT_IO_ALLOW_MMAP | fuse.CAP_ASYNC_DIO,
+		// All that a later version may want: it cannot be asked for again. Not ASYNC_DIO: a process that
+		// waits for an O_DIRECT read could not be killed.
+		ExtraCapabilities: fuse.CAP_HAS_RESEND | fuse.CAP_DIRECT_IO_ALLOW_MMAP,
 	}
 	if !f.Passthrough {
 		o.DisabledCapabilities |= fuse.CAP_PASSTHROUGH
