@@ -509,6 +509,3 @@ const (
 	mapShared  = unix.MAP_SHARED
 	mapPrivate = unix.MAP_PRIVATE
 )
-
-// serveMounts is the main function of a worker.
-func serveMounts() {}
