@@ -110,8 +110,12 @@ func (ms *mounts) setPeer(p *brokerwire.Peer) {
 // giveBack gives a broker that was restarted what it held before.
 func (ms *mounts) giveBack(ctx context.Context, peer *brokerwire.Peer) {
 	for id, h := range ms.all() {
-		if err := give(ctx, peer, id, h); err != nil && !errors.Is(err, brokerwire.ErrExists) {
+		err := give(ctx, peer, id, h)
+		if err != nil && !errors.Is(err, brokerwire.ErrExists) {
 			ms.w.log.Error("give mount back", "volume", id, "err", err)
+		}
+		if errors.Is(err, object.ErrNotFound) { // unmounted, or never finished
+			ms.drop(id)
 		}
 	}
 	if _, _, err := peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Given}); err != nil {

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -138,6 +139,10 @@ func (b *Broker) takeBack(s *session, in brokerwire.Message, files []*os.File) e
 	if err := b.checkFuse(files[0], st); err != nil {
 		return err
 	}
+	if len(st.InitOut) == 0 {
+		return errors.Join(fmt.Errorf("give: the mount of volume %q was not finished: %w", in.Mount, object.ErrNotFound),
+			unix.Unmount(st.Path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW))
+	}
 	if err := setReadOnly(st.Path, true); err != nil { // the broker before may have died while it was not
 		return err
 	}
@@ -162,8 +167,19 @@ func (b *Broker) takeBack(s *session, in brokerwire.Message, files []*os.File) e
 	if m.listener != nil {
 		files[3] = nil
 	}
+	if m.listener == nil { // the broker before died between binding it and handing it over
+		b.adoptions.Go(func() { b.bindAgain(s, m) })
+	}
 	b.cfg.Log.Info("mount given back", "volume", in.Mount, "path", st.Path)
 	return nil
+}
+
+func (b *Broker) bindAgain(s *session, m *mount) {
+	ctx, cancel := context.WithTimeout(context.Background(), adoptTimeout)
+	defer cancel()
+	if err := m.ensureSocket(ctx, s); err != nil && !m.gone.Load() {
+		b.cfg.Log.Error("bind domain socket", "volume", m.id, "err", err)
+	}
 }
 
 // closeOrphans closes backing ids that a broker registered and died before it could say so.

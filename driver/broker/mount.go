@@ -246,13 +246,11 @@ func (m *mount) checkAnswer(ours *os.File, first []byte) error {
 	if err := checkInit(b[:n]); err != nil {
 		return err
 	}
-	if err := m.setState(func(s *brokerwire.State) { s.InitOut = bytes.Clone(b[:n]) }); err != nil {
-		return err
-	}
 	if _, err := unix.Write(int(m.fuse.Fd()), b[:n]); err != nil {
 		return fmt.Errorf("answer INIT: %w", err)
 	}
-	return nil
+	// Behind the answer: a mount whose state has none, when a worker gives it back, is not finished.
+	return m.setState(func(s *brokerwire.State) { s.InitOut = bytes.Clone(b[:n]) })
 }
 
 // Offsets in struct fuse_init_in behind its 40 byte header and in fuse_init_out behind its
@@ -315,9 +313,9 @@ func (m *mount) ensureSocket(ctx context.Context, s *session) error {
 	m.binding.Lock()
 	defer m.binding.Unlock()
 	m.mu.Lock()
-	bound := m.state.Socket
+	bound := m.listener != nil && m.state.Socket == s.uuid
 	m.mu.Unlock()
-	if bound != s.uuid {
+	if !bound {
 		if err := m.bindSocket(ctx, s); err != nil {
 			return err
 		}

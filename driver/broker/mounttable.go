@@ -337,7 +337,7 @@ func warnTimeout(log *slog.Logger) {
 }
 
 // bindThrough makes the socket domain/name in the FUSE file system at path and listens on
-// it. It goes through a detached mount, because a bound socket keeps the mount that it was
+// it; one of that name, of a broker that was killed, is replaced. It goes through a detached mount, because a bound socket keeps the mount that it was
 // bound through busy, and through a descriptor, because a kubelet's paths are longer than sun_path.
 func bindThrough(path, name string) (*os.File, error) {
 	tree, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
@@ -350,7 +350,13 @@ func bindThrough(path, name string) (*os.File, error) {
 		return nil, fmt.Errorf("open domain: %w", err)
 	}
 	defer unix.Close(dir)
-	l, err := net.Listen("unix", fmt.Sprintf("/proc/self/fd/%d/%s", dir, name))
+	at := fmt.Sprintf("/proc/self/fd/%d/%s", dir, name)
+	l, err := net.Listen("unix", at)
+	if errors.Is(err, unix.EADDRINUSE) {
+		if err = unix.Unlinkat(dir, name, 0); err == nil {
+			l, err = net.Listen("unix", at)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
