@@ -70,8 +70,7 @@ func (a *apart) prepare() (err error) {
 		}
 	}
 	a.log, err = os.Create(a.Log())
-	return errors.Join(err, os.Chown(a.cache(), nobody, nobody), os.Chown(a.runDir(), 0, nobody), os.Chmod(a.runDir(), os.ModeSticky|0o771),
-		os.Chmod(filepath.Dir(a.dir), 0o711)) // the run's own scratch directory
+	return errors.Join(err, os.Chown(a.cache(), nobody, nobody), os.Chown(a.runDir(), 0, nobody), os.Chmod(a.runDir(), os.ModeSticky|0o771))
 }
 
 func (a *apart) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
@@ -105,7 +104,16 @@ func (a *apart) once(ctx context.Context, part string) error {
 	defer w.Close() // its end is the end of the child, should we be killed
 	defer r.Close()
 	cmd := a.Command(ctx, a.binary, append(a.args(part), "--lifeline-fd", "3")...)
-	cmd.Stderr, cmd.ExtraFiles = a.log, []*os.File{r}
+	dirs, err := a.dirs(part)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		for _, d := range dirs {
+			d.Close()
+		}
+	}()
+	cmd.Stderr, cmd.ExtraFiles = a.log, append([]*os.File{r}, dirs...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = 20 * time.Second
 	if part == workerPart {
@@ -118,6 +126,22 @@ func (a *apart) once(ctx context.Context, part string) error {
 	err = cmd.Wait()
 	a.set(part, 0)
 	return err
+}
+
+// dirs are what a part gets by descriptor: the worker may not enter what is above them. They
+// follow the lifeline.
+func (a *apart) dirs(part string) (files []*os.File, err error) {
+	if part != workerPart {
+		return nil, nil
+	}
+	for _, dir := range []string{a.runDir(), a.cache(), a.view()} {
+		f, err := os.Open(dir)
+		if err != nil {
+			return files, err
+		}
+		files = append(files, f)
+	}
+	return files, nil
 }
 
 func (a *apart) set(part string, pid int) {
@@ -137,8 +161,9 @@ func (a *apart) args(part string) []string {
 		return []string{"csi", "node", "--endpoint", in("node.sock"), "--run-dir", a.runDir(), "--tier-dir", a.cache(), "--view", a.view(),
 			"--worker-uid", fmt.Sprint(nobody), "--node-name", "n1", "--metrics-listen", ""}
 	}
-	return []string{"worker", "--run-dir", a.runDir(), "--tier", fmt.Sprintf("%s:%d", a.cache(), a.tier), "--view", a.view(),
-		"--node-name", "n1", "--master", in("master.sock"), "--metrics-listen", ""}
+	const run, cache, view = "/proc/self/fd/4", "/proc/self/fd/5", "/proc/self/fd/6" // see dirs
+	return []string{"worker", "--run-dir", run, "--tier", fmt.Sprintf("%s:%d", cache, a.tier), "--view", view,
+		"--node-name", "n1", "--master", "unix://" + run + "/master.sock", "--metrics-listen", ""}
 }
 
 // Close ends all parts. The worker keeps the mounts until its end; there are none.

@@ -103,15 +103,23 @@ func (c *churn) unstage(ctx context.Context, v *stack.Volume) error {
 }
 
 func (c *churn) read(ctx context.Context, root string, seed uint64) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), hangs)
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	m, err := c.fleet.start(ctx, task{Way: "once", Root: root, Files: c.files, Seed: seed})
 	if err != nil {
 		return err
 	}
 	defer c.fleet.done(m)
+	select {
+	case <-m.ended:
+		return nil // its errors are known
+	case <-time.After(patience):
+	}
+	err = fmt.Errorf("a reader of the further volume %s hangs\n%s", c.volume(), stacks(m.cmd.Process.Pid))
+	m.closing.Store(true)
+	cancel()
 	<-m.ended
-	return nil // its errors are known
+	return err
 }
 
 func (c *churn) set(staged string) {

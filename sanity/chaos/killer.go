@@ -320,13 +320,25 @@ func (k *killer) others(ctx context.Context, apart bool) error {
 	if !apart || k.rng.IntN(3) > 0 {
 		return nil
 	}
-	p, err := k.node.find(ctx, []string{masterPart, masterPart, controllerPart}[k.rng.IntN(3)], 0)
+	return k.beat(ctx, []string{masterPart, masterPart, controllerPart}[k.rng.IntN(3)])
+}
+
+// beat kills a part that no reader needs, and waits until it is there again.
+func (k *killer) beat(ctx context.Context, part string) error {
+	p, err := k.node.find(ctx, part, 0)
 	if err != nil {
 		return err
 	}
 	defer p.close()
 	k.beside++
-	return p.signal(unix.SIGKILL)
+	if err := p.signal(unix.SIGKILL); err != nil {
+		return err
+	}
+	next, err := k.node.find(ctx, part, p.pid)
+	if err == nil {
+		next.close()
+	}
+	return err
 }
 
 // both is what no mount survives: for the test that the readers would notice.
