@@ -1,0 +1,334 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/sanity/leak"
+)
+
+func TestMain(m *testing.M) {
+	if socket := os.Getenv("BROKER_TEST_SOCKET"); socket != "" {
+		os.Exit(sayHello(socket, brokerwire.Role(os.Getenv("BROKER_TEST_ROLE"))))
+	}
+	os.Exit(leak.Run(m))
+}
+
+const workerUID = 54321
+
+// started is a running broker over a tier with a file of the worker's in it.
+type started struct {
+	*Broker
+	tier, view, file string
+	worker           *session
+}
+
+func start(t *testing.T) *started {
+	t.Helper()
+	dir := t.TempDir()
+	s := &started{tier: filepath.Join(dir, "tier"), view: filepath.Join(dir, "view"), file: "file"}
+	if err := os.Mkdir(s.tier, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	put(t, filepath.Join(s.tier, s.file), workerUID)
+	b, err := New(Config{Name: "larder-test-" + strconv.Itoa(os.Getpid()), Socket: filepath.Join(dir, "broker.sock"), WorkerUID: workerUID,
+		TierDir: s.tier, ViewDir: s.view, OwnsView: true, UnmountAtExit: true, Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Broker = b
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- b.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := errors.Join(<-done, RemoveView(s.view)); err != nil {
+			t.Error(err)
+		}
+	})
+	eventually(t, func() bool { _, err := os.Stat(b.cfg.Socket); return err == nil })
+	s.worker = &session{role: brokerwire.RoleWorker, uid: workerUID}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.worker = s.worker
+	b.mounts["v"] = &mount{id: "v", path: "/nowhere", fuse: openFile(t, "/dev/fuse", unix.O_RDWR), memfd: openFile(t, "/dev/null", unix.O_RDWR),
+		backing: map[int32]struct{}{}}
+	t.Cleanup(s.forget)
+	return s
+}
+
+// forget takes the worker and its mount away, which are none: nobody may unmount or call them.
+func (s *started) forget() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.mounts, "v")
+	s.Broker.worker = nil
+}
+
+func put(t *testing.T, path string, uid int) {
+	t.Helper()
+	if err := errors.Join(os.WriteFile(path, []byte("bytes"), 0o644), os.Chown(path, uid, uid)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func openFile(t *testing.T, path string, flags int) *os.File {
+	t.Helper()
+	fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatalf("open %s: %v", path, err)
+	}
+	f := os.NewFile(uintptr(fd), path)
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+func eventually(t *testing.T, cond func() bool) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); !cond(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("waited 10 s in vain")
+		}
+	}
+}
+
+// register asks as the worker does.
+func (s *started) register(volume string, files ...*os.File) error {
+	_, _, err := s.dispatch(context.Background(), s.worker,
+		brokerwire.Message{Verb: brokerwire.Register, Mount: volume, Node: 42}, files)
+	return err
+}
+
+func (s *started) refuses(t *testing.T, why string, files ...*os.File) {
+	t.Helper()
+	err := s.register("v", files...)
+	if err == nil || !strings.Contains(err.Error(), why) {
+		t.Errorf("register: %v; want it refused because it is %q", err, why)
+	}
+	if n := len(s.mounts["v"].backing); n != 0 {
+		t.Errorf("%d files are registered", n)
+	}
+}
+
+// The control: the worker's own file, read-only through the view, passes every check and
+// is given to the kernel, which refuses it because that descriptor has no file system.
+func TestGoodDescriptorReachesTheKernel(t *testing.T) {
+	s := start(t)
+	err := s.register("v", openFile(t, filepath.Join(s.view, s.file), unix.O_RDONLY))
+	if !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EOPNOTSUPP) {
+		t.Errorf("register: %v; want the kernel's refusal", err)
+	}
+}
+
+func TestWritableDescriptorIsRefused(t *testing.T) {
+	s := start(t)
+	s.refuses(t, "not opened read-only", openFile(t, filepath.Join(s.tier, s.file), unix.O_RDWR))
+}
+
+func TestWriteOnlyDescriptorIsRefused(t *testing.T) {
+	s := start(t)
+	s.refuses(t, "not opened read-only", openFile(t, filepath.Join(s.tier, s.file), unix.O_WRONLY))
+}
+
+func TestPathDescriptorIsRefused(t *testing.T) {
+	s := start(t)
+	s.refuses(t, "not opened read-only", openFile(t, filepath.Join(s.view, s.file), unix.O_PATH))
+}
+
+func TestDescriptorThroughAWritableMountIsRefused(t *testing.T) {
+	s := start(t)
+	s.refuses(t, "not opened through a read-only mount", openFile(t, filepath.Join(s.tier, s.file), unix.O_RDONLY))
+}
+
+func TestDescriptorOfAnotherOwnerIsRefused(t *testing.T) {
+	s := start(t)
+	put(t, filepath.Join(s.tier, "roots"), 0)
+	s.refuses(t, "owned by uid 0", openFile(t, filepath.Join(s.view, "roots"), unix.O_RDONLY))
+}
+
+func TestDescriptorOnAnotherFileSystemIsRefused(t *testing.T) {
+	s := start(t)
+	dir := t.TempDir()
+	if err := unix.Mount("t", dir, "tmpfs", 0, "size=1m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	put(t, filepath.Join(dir, "file"), workerUID)
+	if err := unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	s.refuses(t, "not on the tier's file system", openFile(t, filepath.Join(dir, "file"), unix.O_RDONLY))
+}
+
+func TestDirectoryIsRefused(t *testing.T) {
+	s := start(t)
+	s.refuses(t, "not a regular file", openFile(t, s.view, unix.O_RDONLY))
+}
+
+func TestPipeIsRefused(t *testing.T) {
+	s := start(t)
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close(); w.Close() })
+	s.refuses(t, "not a regular file", r)
+}
+
+func TestDeviceIsRefused(t *testing.T) {
+	s := start(t)
+	s.refuses(t, "not a regular file", openFile(t, "/dev/zero", unix.O_RDONLY))
+}
+
+func TestSocketIsRefused(t *testing.T) {
+	s := start(t)
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fds[0]), "socket")
+	t.Cleanup(func() { f.Close(); unix.Close(fds[1]) })
+	s.refuses(t, "not a regular file", f)
+}
+
+func TestNumberOfDescriptorsIsChecked(t *testing.T) {
+	s := start(t)
+	good := openFile(t, filepath.Join(s.view, s.file), unix.O_RDONLY)
+	s.refuses(t, "one descriptor is needed")
+	s.refuses(t, "one descriptor is needed", good, good)
+	if err := s.register("unknown", good); !errors.Is(err, object.ErrNotFound) {
+		t.Errorf("a mount that is not held: %v", err)
+	}
+}
+
+func TestRolesHaveTheirVerbsOnly(t *testing.T) {
+	s := start(t)
+	for role, vs := range map[brokerwire.Role][]brokerwire.Verb{
+		"":                    {brokerwire.Mounts, brokerwire.Unmount, brokerwire.Register},
+		brokerwire.RoleWorker: {brokerwire.MountVolume, brokerwire.RefreshVolume, brokerwire.Bind, brokerwire.Unmount, brokerwire.Adopt, "other"},
+		brokerwire.RoleNode:   {brokerwire.Give, brokerwire.Given, brokerwire.Register, brokerwire.Unregister, brokerwire.Replace, brokerwire.Drop},
+	} {
+		for _, v := range vs {
+			peer := &session{role: role}
+			if role == brokerwire.RoleWorker {
+				peer = s.worker
+			}
+			_, _, err := s.dispatch(t.Context(), peer, brokerwire.Message{Verb: v}, nil)
+			if !errors.Is(err, object.ErrDenied) {
+				t.Errorf("%q as %q: %v", v, role, err)
+			}
+		}
+	}
+}
+
+// Who a peer is, the kernel says: a process of another user is neither worker nor node service.
+func TestStrangersAreRefused(t *testing.T) {
+	s := start(t)
+	s.forget()
+	for _, c := range []struct {
+		uid      uint32
+		role     brokerwire.Role
+		admitted bool
+	}{
+		{workerUID, brokerwire.RoleWorker, true}, {workerUID, brokerwire.RoleNode, false},
+		{0, brokerwire.RoleNode, true}, {0, brokerwire.RoleWorker, false},
+		{65534, brokerwire.RoleWorker, false}, {65534, brokerwire.RoleNode, false}, {0, "other", false},
+	} {
+		conn, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Connect(conn, &unix.SockaddrUnix{Name: s.cfg.Socket}); err != nil {
+			t.Fatal(err)
+		}
+		unix.Close(conn) // the socket is there for everybody
+		cmd := exec.CommandContext(t.Context(), "/proc/self/exe")
+		cmd.Env = append(os.Environ(), "BROKER_TEST_SOCKET=/proc/self/fd/3/"+filepath.Base(s.cfg.Socket), "BROKER_TEST_ROLE="+string(c.role))
+		cmd.ExtraFiles = []*os.File{openFile(t, filepath.Dir(s.cfg.Socket), unix.O_PATH|unix.O_DIRECTORY)}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: c.uid, Gid: c.uid}}
+		out, err := cmd.CombinedOutput()
+		if (err == nil) != c.admitted {
+			t.Errorf("uid %d as %q: %v %s", c.uid, c.role, err, out)
+		}
+	}
+}
+
+// sayHello is the child of TestStrangersAreRefused.
+func sayHello(socket string, role brokerwire.Role) int {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	conn, err := brokerwire.Dial(ctx, socket)
+	if err != nil {
+		return 2
+	}
+	p := brokerwire.NewPeer(conn, func(context.Context, brokerwire.Message, []*os.File) (brokerwire.Message, []*os.File, error) {
+		return brokerwire.Message{}, nil, object.ErrInvalid
+	})
+	done := make(chan error, 1)
+	go func() { done <- p.Run(ctx) }()
+	_, _, err = p.Call(ctx, brokerwire.Message{Verb: brokerwire.Hello, Version: brokerwire.Version, Role: role, UUID: "u"})
+	p.Close()
+	<-done
+	if errors.Is(err, object.ErrDenied) {
+		return 1
+	}
+	if err != nil {
+		return 3
+	}
+	return 0
+}
+
+func TestLaterAnswersToInitMustAgree(t *testing.T) {
+	first := make([]byte, initOutSize)
+	set := func(off int, v uint32) []byte {
+		b := append([]byte(nil), first...)
+		b[off], b[off+1], b[off+2], b[off+3] = byte(v), byte(v>>8), byte(v>>16), byte(v>>24)
+		return b
+	}
+	first = set(outMaxWrite, 1<<20)
+	for name, c := range map[string]struct {
+		answer []byte
+		says   string // "" for accepted
+	}{
+		"the same":              {first, ""},
+		"larger requests":       {set(outMaxWrite, 2<<20), ""},
+		"smaller requests":      {set(outMaxWrite, 1<<19), "fs.fuse.max_pages_limit"},
+		"another minor version": {set(outMinor, 7), "minor version"},
+		"other flags":           {set(outFlags, 1), "flags"},
+		"other flags2":          {set(outFlags2, passthroughFlag), "flags2"},
+		"another depth":         {set(outStackDepth, 2), "stack depth"},
+		"an error":              {set(4, 0xffffffea), "refused INIT"},
+		"too short":             {first[:20], "refused INIT"},
+	} {
+		err := sameInit(first, c.answer)
+		if (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: %v; want %q", name, err, c.says)
+		}
+	}
+}
+
+func FuzzParseEntry(f *testing.F) {
+	f.Add(`36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue`)
+	f.Add(`1 1 0:40 / /a\040b ro - fuse.larder larder-x ro`)
+	f.Add(`1 1 0:40 / /a\04 - `)
+	f.Fuzz(func(t *testing.T, line string) {
+		e, ok := parseEntry(line)
+		if ok && e.path == "" {
+			t.Errorf("a mount without a path from %q", line)
+		}
+	})
+}
