@@ -195,6 +195,16 @@ func (w *takeoverWorld) passThrough(p *process, name string) {
 	})
 }
 
+// forgetAll has the kernel forget what is not in use, and waits until the worker knows: what it has read of
+// that and not noted when it is killed is lost, and the nodes stay for ever.
+func (w *takeoverWorld) forgetAll(p *process) {
+	w.t.Helper()
+	eventually(w.t, "the worker is told what the kernel forgets", func() bool {
+		w.forget()
+		return len(p.ask("nodes")) <= 2
+	})
+}
+
 func TestReadersDoNotNoticeThatTheWorkerIsReplaced(t *testing.T) {
 	for name, replace := range map[string]func(*process){"killed": (*process).kill, "ended": (*process).end} {
 		t.Run(name, func(t *testing.T) {
@@ -235,7 +245,7 @@ func TestReadersDoNotNoticeThatTheWorkerIsReplaced(t *testing.T) {
 				}
 			}
 			check("before")
-			w.forget()
+			w.forgetAll(first)
 			blocked := u.ask(call{Op: "pread", FD: u.open(w.data("hang")), Off: 1 << 20, Len: 5000})
 			first.expect("hanging")
 
@@ -253,7 +263,7 @@ func TestReadersDoNotNoticeThatTheWorkerIsReplaced(t *testing.T) {
 			u.entries(fresh, 4096, 1000)
 			u.close(fresh)
 			seen = append(seen, u.entries(big, 4096, 500)...)
-			w.forget()
+			w.forgetAll(second)
 
 			second.kill()
 			third := w.startWorker()
@@ -283,10 +293,7 @@ func TestReadersDoNotNoticeThatTheWorkerIsReplaced(t *testing.T) {
 			for _, id := range []int{m, pm} {
 				u.must(call{Op: "munmap", FD: id})
 			}
-			eventually(t, "the third worker is told what the kernel forgets", func() bool {
-				w.forget()
-				return len(third.ask("nodes")) == 1
-			})
+			w.forgetAll(third)
 			if ms, err := w.client.Mounts(t.Context()); err != nil || len(ms) != 1 || ms[0].Takeovers != 2 || !ms[0].Served {
 				t.Errorf("the broker lists %+v, %v", ms, err)
 			}
