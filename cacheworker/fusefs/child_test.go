@@ -3,6 +3,7 @@ package fusefs
 import (
 	"bufio"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -398,10 +399,15 @@ func getdents(fd, size int) (a answer, err error) {
 		return a, err
 	}
 	for b = b[:n]; len(b) > 0; {
-		d := (*unix.Dirent)(unsafe.Pointer(&b[0]))
-		name := b[unsafe.Offsetof(d.Name):d.Reclen]
-		a.Dir = append(a.Dir, dirent{Name: unix.ByteSliceToString(name), Ino: d.Ino, Off: d.Off, Type: d.Type})
-		b = b[d.Reclen:]
+		var d unix.Dirent // linux_dirent64: ino, off, reclen, type, name
+		size := binary.LittleEndian.Uint16(b[unsafe.Offsetof(d.Reclen):])
+		a.Dir = append(a.Dir, dirent{
+			Name: unix.ByteSliceToString(b[unsafe.Offsetof(d.Name):size]),
+			Ino:  binary.LittleEndian.Uint64(b[unsafe.Offsetof(d.Ino):]),
+			Off:  int64(binary.LittleEndian.Uint64(b[unsafe.Offsetof(d.Off):])),
+			Type: b[unsafe.Offsetof(d.Type)],
+		})
+		b = b[size:]
 	}
 	return a, nil
 }

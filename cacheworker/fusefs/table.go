@@ -289,6 +289,8 @@ const (
 	recForget  = 'F' // fewer
 	recBacking = 'B' // the id, 0 for none
 	recOpens   = 'O' // how often it is open, in passthrough mode
+	recNext    = 'I' // no node has this id or a higher one
+	recUnnamed = 'U' // its name does not lead to it any more
 	recHead    = 5
 )
 
@@ -427,8 +429,12 @@ func (t *table) replay(rec byte, b []byte) {
 		return
 	}
 	id := binary.LittleEndian.Uint64(b)
-	if rec == recNode {
+	switch rec {
+	case recNode:
 		t.replayNode(id, b[8:])
+		return
+	case recNext:
+		t.nextID = max(t.nextID, id)
 		return
 	}
 	n := t.nodes[id]
@@ -445,6 +451,11 @@ func (t *table) replay(rec byte, b []byte) {
 		if n.file != nil {
 			t.replayBacking(n, int32(count))
 		}
+	case recUnnamed:
+		if k := (childKey{n.parent.id, n.name}); t.names[k] == n {
+			delete(t.names, k)
+		}
+		t.supersede(n, false)
 	case recOpens:
 		if n.file != nil {
 			n.file.opens = int(min(count, 1<<31-1))
@@ -510,9 +521,11 @@ func (t *table) startCompaction() (*os.File, error) {
 		return nil, err
 	}
 	w := &recordWriter{f: fresh, end: brokerwire.StateLog}
-	for _, id := range slices.Sorted(maps.Keys(t.nodes)) { // parents first; of one name, the one it leads to last
+	w.b = countRecord(w.b, recNext, t.nextID, 0)
+	for _, id := range slices.Sorted(maps.Keys(t.nodes)) { // parents first
 		if id >= firstFree {
-			w.node(t.nodes[id])
+			n := t.nodes[id]
+			w.node(n, t.names[childKey{n.parent.id, n.name}] == n)
 		}
 	}
 	if w.flush(); w.err != nil {
@@ -536,7 +549,7 @@ func (t *table) settle(taken bool) {
 		alive := end - brokerwire.StateLog
 		t.limit = brokerwire.StateLog + max(minCompact, compactFactor*alive)
 	default:
-		t.limit = max(t.limit, 2*t.end)
+		t.limit = max(t.limit, 2*t.end-brokerwire.StateLog) // as much again
 		if fresh != nil {
 			fresh.Close()
 		}
@@ -566,8 +579,11 @@ func (w *recordWriter) flush() {
 	w.b = w.b[:0]
 }
 
-func (w *recordWriter) node(n *node) {
+func (w *recordWriter) node(n *node, named bool) {
 	w.b = nodeRecord(w.b, n)
+	if !named {
+		w.b = countRecord(w.b, recUnnamed, n.id, 0)
+	}
 	for _, c := range []struct {
 		rec   byte
 		count uint64

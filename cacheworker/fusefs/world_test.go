@@ -42,6 +42,7 @@ type testWorker struct {
 	counters Counters
 	lockOff  bool                // Config.allowWrites
 	broker   func(Broker) Broker // what the mounts are given; nil is the worker itself
+	compact  int64               // bytes of the log of nodes at which it is compacted; 0 is as usual
 
 	peer    *brokerwire.Peer
 	stop    context.CancelFunc
@@ -169,6 +170,9 @@ func (w *testWorker) adopt(m brokerwire.Message, files []*os.File) error {
 		return err
 	}
 	files[0], files[1] = nil, nil
+	if w.compact > 0 {
+		s.table.limit = brokerwire.StateLog + w.compact
+	}
 	w.mu.Lock()
 	w.served[m.Mount] = s
 	if len(files) == 4 {
@@ -202,6 +206,7 @@ type options struct {
 	features *Features
 	lockOff  bool
 	broker   func(Broker) Broker
+	compact  int64
 	noWorker bool // children will be the worker
 }
 
@@ -233,7 +238,8 @@ func newWorld(t *testing.T, o options) *world {
 	if o.noWorker {
 		return w
 	}
-	w.testWorker = &testWorker{log: testLog(t), src: w.mem.Source("p"), features: allFeatures, lockOff: o.lockOff, broker: o.broker}
+	w.testWorker = &testWorker{log: testLog(t), src: w.mem.Source("p"), features: allFeatures, lockOff: o.lockOff,
+		broker: o.broker, compact: o.compact}
 	if o.features != nil {
 		w.features = *o.features
 	}
