@@ -34,6 +34,7 @@ var sleepers = map[string]string{
 	"cacheworker/fill.model":        "is called in a synctest bubble",
 	"sanity.TestKilledWhileLoading": "kills at a random moment, a second after a status",
 	"sanity.await":                  "no event tells of a mount",
+	"sanity/chaos.idle":             "readers on two CPUs let each other run",
 	"sanity/leak.await":             "ending a process is an event for its parent only",
 	"sanity/leak.Kill":              "ending a process is an event for its parent only",
 }
