@@ -15,7 +15,7 @@ import (
 
 // slow makes each request of the kind take a second.
 func (w *world) slow(kind source.Kind) {
-	w.mem.Before = func(ctx context.Context, r memsource.Request) error {
+	w.mem.SetBefore(func(ctx context.Context, r memsource.Request) error {
 		if r.Kind != kind {
 			return nil
 		}
@@ -25,7 +25,7 @@ func (w *world) slow(kind source.Kind) {
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-	}
+	})
 }
 
 // A profiler's timer must not become an I/O error: O_DIRECT reads and opens are interrupted
@@ -71,7 +71,7 @@ func TestAReaderThatIsKilledEnds(t *testing.T) {
 			u := newUser(t, 65534)
 			u.stat(w.data("d/f"))
 			asked, given := make(chan struct{}, 100), make(chan struct{}, 100)
-			w.mem.Before = func(ctx context.Context, r memsource.Request) error {
+			w.mem.SetBefore(func(ctx context.Context, r memsource.Request) error {
 				if c.Op == "sum" && r.Kind != source.Get {
 					return nil
 				}
@@ -79,7 +79,7 @@ func TestAReaderThatIsKilledEnds(t *testing.T) {
 				<-ctx.Done()
 				given <- struct{}{}
 				return ctx.Err()
-			}
+			})
 			c.Path = w.data("d/f")
 			if c.Op == "readdir" {
 				c.Path = w.data("d")

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -103,6 +104,7 @@ func TestStatfsIsTheCaches(t *testing.T) {
 }
 
 func TestErrorsOfTheStoreAreErrnos(t *testing.T) {
+	var mu sync.Mutex // guards the two below
 	var fail error
 	w := newWorld(t, options{volume: brokerwire.Volume{Freshness: -1}})
 	u := newUser(t, 65534)
@@ -110,12 +112,14 @@ func TestErrorsOfTheStoreAreErrnos(t *testing.T) {
 	w.put("g", bytesOf(2, 2<<20))
 	fd := u.open(w.data("f"))
 	var kinds []source.Kind
-	w.mem.Before = func(_ context.Context, r memsource.Request) error {
+	w.mem.SetBefore(func(_ context.Context, r memsource.Request) error {
+		mu.Lock()
+		defer mu.Unlock()
 		if slices.Contains(kinds, r.Kind) {
 			return fail
 		}
 		return nil
-	}
+	})
 	for _, c := range []struct {
 		err  error
 		want syscall.Errno
@@ -124,7 +128,9 @@ func TestErrorsOfTheStoreAreErrnos(t *testing.T) {
 		{object.ErrUnavailable, syscall.EIO},
 		{errors.New("a bug"), syscall.EIO},
 	} {
+		mu.Lock()
 		fail, kinds = fmt.Errorf("store: %w", c.err), []source.Kind{source.Head, source.List, source.Get}
+		mu.Unlock()
 		if a := u.do(call{Op: "open", Path: w.data("f")}); a.Errno != c.want {
 			t.Errorf("open, %v: %v; want %v", c.err, a.Errno, c.want)
 		}
@@ -134,7 +140,9 @@ func TestErrorsOfTheStoreAreErrnos(t *testing.T) {
 		if a := u.do(call{Op: "pread", FD: fd, Len: 10}); a.Errno != c.want {
 			t.Errorf("read, %v: %v; want %v", c.err, a.Errno, c.want)
 		}
+		mu.Lock()
 		kinds = nil
+		mu.Unlock()
 	}
 	u.must(call{Op: "pread", FD: fd, Len: 10})
 	if a := u.do(call{Op: "open", Path: w.data("none")}); a.Errno != syscall.ENOENT {
@@ -176,13 +184,15 @@ func TestCachedBytesAreNotForWhoMayNotReadThem(t *testing.T) {
 	u := newUser(t, 0)
 	w.put("f", bytesOf(1, 2<<20))
 	w.complete(u, "f")
-	w.mem.Before = func(_ context.Context, r memsource.Request) error {
+	w.mem.SetBefore(func(_ context.Context, r memsource.Request) error {
 		if r.Kind != source.List {
 			return object.ErrDenied
 		}
 		return nil
-	}
+	})
+	w.mu.Lock()
 	w.src = w.mem.Source("somebody else")
+	w.mu.Unlock()
 	other := w.path + "-other"
 	if err := w.client.Mount(t.Context(), brokerwire.Volume{ID: "w", Source: "file:///set", Freshness: time.Hour, Complete: brokerwire.CompleteNever,
 		FileMode: 0o444, DirMode: 0o555}, other); err != nil {

@@ -119,9 +119,15 @@ func (w *testWorker) mount(id string) *Served {
 }
 
 // S3 and File implement dataset.Sources.
-func (w *testWorker) S3(string, brokerwire.Volume, bool) (source.Source, error) { return w.src, nil }
+func (w *testWorker) S3(string, brokerwire.Volume, bool) (source.Source, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.src, nil
+}
+
 func (w *testWorker) File(path string) (source.Source, string, error) {
-	return w.src, strings.TrimPrefix(path, "/"), nil
+	src, err := w.S3("", brokerwire.Volume{}, false)
+	return src, strings.TrimPrefix(path, "/"), err
 }
 
 func (w *testWorker) handle(ctx context.Context, m brokerwire.Message, files []*os.File) (brokerwire.Message, []*os.File, error) {

@@ -52,6 +52,13 @@ type file struct {
 	mtime   time.Time
 }
 
+// SetBefore changes Before while requests may be under way.
+func (s *Store) SetBefore(f func(context.Context, Request) error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.Before = f
+}
+
 // Put writes a file.
 func (s *Store) Put(key string, data []byte) object.Object {
 	sum := md5.Sum(data)
@@ -115,8 +122,11 @@ func (m *Source) ask(ctx context.Context, r Request) error {
 	m.s.mu.Lock()
 	m.s.requests = append(m.s.requests, r)
 	m.s.mu.Unlock()
-	if m.s.Before != nil {
-		if err := m.s.Before(ctx, r); err != nil {
+	m.s.mu.Lock()
+	before := m.s.Before
+	m.s.mu.Unlock()
+	if before != nil {
+		if err := before(ctx, r); err != nil {
 			return err
 		}
 	}
