@@ -95,11 +95,11 @@ type scale struct {
 
 var (
 	long = scale{
-		ColdFiles: 24, ColdSize: 16<<20 + 5, HotFiles: 6, HotSize: 8<<20 + 3, Folders: 40, FilesPerFolder: 12, Many: 250,
+		ColdFiles: 24, ColdSize: 16<<20 + 5, HotFiles: 6, HotSize: 8<<20 + 3, Folders: 40, FilesPerFolder: 12, Many: 120,
 		TierBytes: 160 << 20,
 	}
 	short = scale{
-		ColdFiles: 10, ColdSize: 8<<20 + 5, HotFiles: 4, HotSize: 4<<20 + 3, Folders: 12, FilesPerFolder: 6, Many: 150,
+		ColdFiles: 10, ColdSize: 8<<20 + 5, HotFiles: 4, HotSize: 4<<20 + 3, Folders: 12, FilesPerFolder: 6, Many: 100,
 		TierBytes: 56 << 20,
 	}
 )
