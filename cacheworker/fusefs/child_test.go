@@ -322,6 +322,8 @@ func (c call) run() (a answer, err error) {
 		return load(c.FD, c.Off, c.Len)
 	case "pelted":
 		return c.pelted()
+	case "torture":
+		return c.torture()
 	case "munmap":
 		mapped.Lock()
 		defer mapped.Unlock()

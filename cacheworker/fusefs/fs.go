@@ -97,6 +97,8 @@ type Mount struct {
 	pass               atomic.Bool // passthrough was negotiated and has not failed since
 	resend             bool        // RESEND was negotiated
 
+	told map[uint32]uint64 // by thread: the node whose open was answered ESTALE; guarded by table.mu
+
 	dirMu   sync.Mutex // guards dirs
 	dirs    map[uint64]*dirStream
 	nextDir uint64
@@ -116,6 +118,7 @@ func newMount(cfg Config, log *os.File, uuid string) *Mount {
 		RawFileSystem: fuse.NewDefaultRawFileSystem(),
 		cfg:           cfg,
 		table:         newTable(log, cfg.Dataset.Store(), cfg.Dataset.Root()),
+		told:          map[uint32]uint64{},
 		dirs:          map[uint64]*dirStream{},
 		nextDir:       uint64(time.Now().UnixNano()), // none of an earlier worker's, which the kernel may still have
 		uuid:          uuid,

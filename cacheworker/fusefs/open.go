@@ -22,6 +22,10 @@ const (
 	// slack is added to freshness at an open that follows a look-up: it was of the same open(2).
 	slack = time.Second
 
+	// maxTold is how many threads are remembered that were told to look a name up again; one
+	// that is not comes to no harm but in a race.
+	maxTold = 4096
+
 	// registerWait is how long an open waits for a broker that is being restarted; then the
 	// file is read without passthrough.
 	registerWait = 2 * time.Second
@@ -46,16 +50,8 @@ func (m *Mount) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut)
 	}
 	ctx, stop := m.requestContext(cancel)
 	defer stop()
-	current, err := m.current(ctx, n)
-	if err != nil {
+	if err := m.check(ctx, n, in.Pid); err != nil {
 		return m.status("open", n, err)
-	}
-	if !current && m.firstTold(n, in.Pid) {
-		m.cfg.Counters.Stale.Add(1)
-		return estale
-	}
-	if !current && m.gone(n) {
-		return estale // a bind mount of a single file leads here: the kernel cannot look it up again
 	}
 	n.file.mu.Lock()
 	defer n.file.mu.Unlock()
@@ -68,27 +64,42 @@ func (m *Mount) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut)
 	return fuse.OK
 }
 
-// current reports whether the node's name still leads to it, asking the store if what is
-// known of it is too old, and whether it is in the mode that a new node would be.
-func (m *Mount) current(ctx context.Context, n *node) (bool, error) {
+// check returns nil if the node may be opened: its name still leads to it, for which the store
+// is asked if what is known of it is too old, and it is in the mode that a new node would be.
+// Else it returns object.ErrChanged, upon which the kernel looks the name up again and comes a second
+// time, the last. Then another mode will do, and a version that has been looked up just now.
+func (m *Mount) check(ctx context.Context, n *node, thread uint32) error {
+	m.table.mu.Lock()
+	gone, checked, looked := n.file.gone, n.file.checked, n.file.looked
+	n.file.looked = false
+	m.table.mu.Unlock()
 	d := m.data.Load()
 	limit := d.Freshness
-	m.table.mu.Lock()
-	gone, checked := n.file.gone, n.file.checked
-	if n.file.looked {
-		limit, n.file.looked = limit+slack, false
+	if looked {
+		limit += slack
 	}
-	m.table.mu.Unlock()
 	if !gone && time.Since(checked) > limit {
 		e, err := d.Lookup(ctx, n.parent.key, n.name, d.Freshness)
 		if err != nil && !errors.Is(err, object.ErrNotFound) {
-			return false, err
+			return err
 		}
 		m.found(n, e, err == nil)
 	}
-	m.table.mu.RLock()
-	defer m.table.mu.RUnlock()
-	return !n.file.stale && (n.file.mode == m.wantedMode(m.table.objectOf(n)) || m.usable(n.file)), nil
+	m.table.mu.Lock()
+	defer m.table.mu.Unlock()
+	told, again := m.told[thread]
+	delete(m.told, thread)
+	switch {
+	case !n.file.stale && (n.file.mode == m.wantedMode(m.table.objectOf(n)) || m.usable(n.file)):
+		return nil
+	case again && (!n.file.gone || told != n.id && looked):
+		return nil
+	case again && told == n.id: // a bind mount of the file itself: the kernel cannot look it up
+	case len(m.told) < maxTold:
+		m.told[thread] = n.id
+	}
+	m.cfg.Counters.Stale.Add(1)
+	return fmt.Errorf("open node %d: %w", n.id, object.ErrChanged)
 }
 
 // found notes what a file's name leads to now, if to anything.
@@ -106,29 +117,6 @@ func (m *Mount) setGone(n *node) {
 	m.table.mu.Lock()
 	defer m.table.mu.Unlock()
 	m.table.supersede(n, true)
-}
-
-// firstTold notes that a thread is answered ESTALE. The same thread comes again only if its
-// path could not be looked up anew: a bind mount of the file itself.
-func (m *Mount) firstTold(n *node, thread uint32) bool {
-	m.table.mu.Lock()
-	defer m.table.mu.Unlock()
-	if _, told := n.file.told[thread]; told {
-		delete(n.file.told, thread)
-		return false
-	}
-	if n.file.told == nil {
-		n.file.told = map[uint32]struct{}{}
-	}
-	n.file.told[thread] = struct{}{}
-	return true
-}
-
-// gone reports whether the name leads to another object, not just to another mode.
-func (m *Mount) gone(n *node) bool {
-	m.table.mu.RLock()
-	defer m.table.mu.RUnlock()
-	return n.file.gone
 }
 
 // hold returns the node's reader, opened if it was not. opening counts an open file; a READ
@@ -275,7 +263,7 @@ func (m *Mount) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 		release()
 		if err == nil && got == size {
 			m.unhold(n, false)
-			return fuse.ReadResultData(buf[:got]), fuse.OK
+			return copied(buf[:got]), fuse.OK
 		}
 	}
 	defer m.unhold(n, false)
@@ -285,7 +273,7 @@ func (m *Mount) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 	if err != nil {
 		return nil, m.failed("read", n, err)
 	}
-	return fuse.ReadResultData(buf[:got]), fuse.OK
+	return copied(buf[:got]), fuse.OK
 }
 
 // span is an answer that lies in the cache file, from which go-fuse splices it. It is valid
@@ -309,6 +297,14 @@ func (s span) Bytes(buf []byte) ([]byte, fuse.Status) {
 	}
 	return buf[:n], fuse.OK
 }
+
+// copied is an answer in memory. go-fuse tries to splice what has no Slices.
+type copied []byte
+
+func (c copied) Size() int                          { return len(c) }
+func (c copied) Done()                              {}
+func (c copied) Bytes([]byte) ([]byte, fuse.Status) { return c, fuse.OK }
+func (c copied) Slices() ([][]byte, fuse.Status)    { return [][]byte{c}, fuse.OK }
 
 // Release implements fuse.RawFileSystem.
 func (m *Mount) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {

@@ -66,17 +66,16 @@ type file struct {
 	mode    mode
 
 	// Guarded by the mutex of the table.
-	checked time.Time           // when the name last led to this object
-	looked  bool                // the kernel has looked it up since the last open
-	stale   bool                // another node is opened instead: the name leads elsewhere, or the mode has had its time
-	gone    bool                // the name leads to another object, or to nothing
-	told    map[uint32]struct{} // threads that were answered ESTALE
-	opens   int                 // never too few in passthrough mode; across a SIGKILL it may be too many
-	opened  int                 // in all
-	reading int                 // READs under way
-	backing int32               // id in the kernel, 0 if none
-	evicted bool                // the backing file was unlinked while it was open
-	reader  *fill.Reader        // while it is open or being read
+	checked time.Time    // when the name last led to this object
+	looked  bool         // the kernel has looked it up since the last open
+	stale   bool         // another node is opened instead: the name leads elsewhere, or the mode has had its time
+	gone    bool         // the name leads to another object, or to nothing
+	opens   int          // never too few in passthrough mode; across a SIGKILL it may be too many
+	opened  int          // in all
+	reading int          // READs under way
+	backing int32        // id in the kernel, 0 if none
+	evicted bool         // the backing file was unlinked while it was open
+	reader  *fill.Reader // while it is open or being read
 
 	mu sync.Mutex // serialises opens of one node; held across requests to store and broker
 }
