@@ -1,8 +1,9 @@
 # Everything is built with Go alone; what mounts needs root and /dev/fuse.
 SHELL   := bash
 FUZZTIME ?= 10s
+KILLS    ?= 1000
 
-.PHONY: build demo test test-race test-one-cpu fuzz sanity bench lint generate check help
+.PHONY: build demo chaos test test-race test-one-cpu fuzz sanity bench lint generate check help
 .DEFAULT_GOAL := build
 
 build: ## compile build/larder
@@ -34,6 +35,10 @@ bench: fusectl ## warm reads by fio, volume against native file; BENCH=regexp se
 	command -v fio >/dev/null || apt-get install -y -q fio || (apt-get update -q && apt-get install -y -q fio)
 	go build -o build/bench ./sanity/bench
 	@build/bench -run '$(BENCH)'
+
+chaos: fusectl ## kill worker and broker under readers that check every byte, until KILLS=1000 count (root)
+	go build -o build/chaos ./sanity/chaos
+	@build/chaos -kills $(KILLS)
 
 lint: ## gofmt, vet, staticcheck, import direction, generated code, house rules
 	go test -count=1 ./sanity/lint

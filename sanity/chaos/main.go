@@ -135,6 +135,7 @@ func run(ctx context.Context, c config) (_ *outcome, err error) {
 	if r.killer == nil {
 		return nil, err
 	}
+	r.progress()
 	return r.outcome(), err
 }
 
@@ -149,7 +150,8 @@ type runner struct {
 	killer *killer
 	churn  *churn
 
-	privileges map[string]bool // of the workers seen
+	said       struct{ kills, errs, wrong int } // by progress
+	privileges map[string]bool                  // of the workers seen
 	began      time.Time
 	ops        int64
 	bytes      int64
@@ -280,7 +282,7 @@ func (r *runner) watch(ctx context.Context) error {
 func (r *runner) killAll(ctx context.Context) error {
 	k := r.killer
 	half := (r.kills + 1) / 2
-	for said := 0; ctx.Err() == nil; {
+	for ctx.Err() == nil {
 		w, b := k.counted(workerPart), k.counted(brokerPart)
 		if w >= half && b >= half {
 			return nil
@@ -289,32 +291,43 @@ func (r *runner) killAll(ctx context.Context) error {
 		if w >= half || b < half && len(k.kills)%2 == 1 {
 			part = brokerPart
 		}
-		before := len(k.kills)
-		if err := k.round(ctx, part); err != nil {
+		err := k.round(ctx, part)
+		if err == nil {
+			err = k.others(ctx, r.apart)
+		}
+		if err == nil {
+			err = r.lookAtWorker(ctx)
+		}
+		if faults := r.progress(); err == nil && faults > maxErrors {
+			err = fmt.Errorf("more than %d errors", maxErrors)
+		}
+		if err != nil {
 			return err
-		}
-		if err := k.others(ctx, r.apart); err != nil {
-			return err
-		}
-		if err := r.lookAtWorker(ctx); err != nil {
-			return err
-		}
-		if r.verbose {
-			for _, d := range k.kills[before:] {
-				fmt.Fprintln(r.say, d)
-			}
-		}
-		if len(k.kills)-said >= 50 {
-			said = len(k.kills)
-			errs, wrong := r.fleet.faults()
-			fmt.Fprintf(r.say, "%4.0f s  %d kills, %d + %d count, %d errors, %d wrong\n", time.Since(r.began).Seconds(), said,
-				k.counted(workerPart), k.counted(brokerPart), len(errs), len(wrong))
-			if len(errs) > 100 {
-				return errors.New("too many errors")
-			}
 		}
 	}
 	return context.Cause(ctx)
+}
+
+const maxErrors = 100 // then there is nothing new to learn
+
+// progress says what is new, and returns how much went wrong in all.
+func (r *runner) progress() int {
+	k := r.killer
+	errs, wrong := r.fleet.faults()
+	for _, text := range append(errs[r.said.errs:], wrong[r.said.wrong:]...) {
+		fmt.Fprintln(r.say, text)
+	}
+	r.said.errs, r.said.wrong = len(errs), len(wrong)
+	for ; r.said.kills < len(k.kills); r.said.kills++ {
+		if r.verbose {
+			fmt.Fprintln(r.say, k.kills[r.said.kills])
+		}
+		if n := r.said.kills + 1; n%50 == 0 {
+			fmt.Fprintf(r.say, "%4.0f s  %d kills, %d + %d count, %d errors, %d wrong\n", time.Since(r.began).Seconds(), n,
+				k.counted(workerPart), k.counted(brokerPart), len(errs), len(wrong))
+		}
+	}
+	return len(errs) + len(wrong)
 }
 
 // lookAtWorker notes the worker's rights.
@@ -454,11 +467,6 @@ func (o *outcome) write(file string, w io.Writer) error {
 	}
 	if err := rows.Write(file); err != nil {
 		return err
-	}
-	for _, list := range [][]string{o.wrong, o.errs} {
-		for _, text := range list[:min(len(list), 40)] {
-			fmt.Fprintln(w, text)
-		}
 	}
 	slow := slices.SortedFunc(slices.Values(o.kills), func(a, b *kill) int { return int(b.Gap - a.Gap) })
 	for _, k := range slow[:min(5, len(slow))] {
