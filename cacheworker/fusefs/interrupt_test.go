@@ -40,6 +40,7 @@ func TestATimerSignalDoesNotFailWhatTakesASecond(t *testing.T) {
 		"open":        {source.Head, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel() // it takes its time
 			w := newWorld(t, options{volume: brokerwire.Volume{Freshness: -1}})
 			want := bytesOf(1, 2<<20)
 			w.put("f", want)
@@ -66,6 +67,7 @@ func TestAReaderThatIsKilledEnds(t *testing.T) {
 		"listing":     {Op: "readdir"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel() // it takes its time
 			w := newWorld(t, options{volume: brokerwire.Volume{Freshness: -1}})
 			w.put("d/f", bytesOf(1, 2<<20))
 			u := newUser(t, 65534)

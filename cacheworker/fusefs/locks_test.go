@@ -39,7 +39,7 @@ func newBench(t *testing.T, o options) *bench {
 	root.close(fd)
 	b.complete(root, "complete")
 	root.sum(b.data("complete")) // registers it
-	if n := b.node("complete"); n.file.backing == 0 {
+	if n := b.node("complete"); b.backing(n) == 0 {
 		t.Fatal("the file is not passed through")
 	}
 	b.target = filepath.Join(b.dir, "target")

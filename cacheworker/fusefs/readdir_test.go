@@ -77,7 +77,7 @@ func TestALargeFolderIsListedCompletely(t *testing.T) {
 	w := newWorld(t, options{})
 	want := putMany(w)
 	u := newUser(t, 65534)
-	for _, size := range []int{400, 1000, 4096, 70_000, 1 << 20} {
+	for _, size := range []int{1000, 4096, 1 << 20} {
 		fd := u.open(w.data("big"), unix.O_DIRECTORY)
 		es := u.entries(fd, size, many+3)
 		isAll(t, fmt.Sprint("buffers of ", size), names(es), want)
@@ -167,7 +167,7 @@ func TestWhatOnlyAPositionHeldIsGivenUpWithIt(t *testing.T) {
 	u := newUser(t, 0)
 	w.complete(u, "d/f")
 	u.sum(w.data("d/f"))
-	if w.node("d/f").file.backing == 0 {
+	if w.backing(w.node("d/f")) == 0 {
 		t.Fatal("the file is not passed through")
 	}
 	fd := u.open(w.data("d"), unix.O_DIRECTORY)

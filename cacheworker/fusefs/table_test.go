@@ -212,7 +212,7 @@ func newModel(t *testing.T) *model {
 
 func TestTheNextWorkerKnowsTheSameNodes(t *testing.T) {
 	m := newModel(t)
-	for range 60 {
+	for range 30 {
 		for range 50 {
 			m.step()
 		}
@@ -287,7 +287,7 @@ func copyLog(t *testing.T, log *os.File, end int64) *os.File {
 
 func TestCompactionKeepsEverything(t *testing.T) {
 	m := newModel(t)
-	for round := range 30 {
+	for round := range 12 {
 		for range 100 {
 			m.step()
 		}

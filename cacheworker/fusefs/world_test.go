@@ -359,6 +359,14 @@ func (w *world) node(name string) *node {
 	return n
 }
 
+// backing is the id of a node's backing file, 0 for none.
+func (w *world) backing(n *node) int32 {
+	t := w.served().table
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return n.file.backing
+}
+
 // complete reads a file so that it is complete in the cache.
 func (w *world) complete(u *user, name string) {
 	w.t.Helper()
