@@ -20,6 +20,18 @@ type flightKey struct {
 	arg  string // a cookie, or a name
 }
 
+// listed is the page that a list of this key would bring, if it is remembered. Requires Cache.mu.
+func (k flightKey) listed() *segment {
+	f := k.t.folders[k.dir]
+	if k.kind != "list" || f == nil {
+		return nil
+	}
+	if seg := f.covering(above(k.arg)); seg != nil && seg.page && seg.lo == above(k.arg) {
+		return seg
+	}
+	return nil
+}
+
 // flight is one request that several callers wait for. It belongs to all of them: the
 // first one's context does not end it, the last one out does.
 type flight struct {
@@ -40,6 +52,10 @@ func (v *View) do(ctx context.Context, key flightKey, a ask, call func(context.C
 	for {
 		c.mu.Lock()
 		fl := c.flights[key]
+		if seg := key.listed(); fl == nil && a.accepts(seg) { // it came between the caller's look and now
+			c.mu.Unlock()
+			return seg, nil
+		}
 		late := fl != nil && !a.fresh(fl.seq, fl.at)
 		if fl == nil {
 			fl = v.start(context.WithoutCancel(ctx), key, call)
