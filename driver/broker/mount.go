@@ -22,6 +22,7 @@ const (
 	FSType = "fuse.larder"
 
 	adoptTimeout = 30 * time.Second // for a worker to answer INIT and check its source
+	dropTimeout  = 2 * time.Second  // for a worker to let go; one that is stopped must not keep an unmount waiting
 	maxRead      = 1 << 20          // bytes of one READ; what the first INIT negotiates
 )
 
@@ -506,6 +507,8 @@ func (b *Broker) release(ctx context.Context, m *mount) {
 	s := b.worker
 	b.mu.Unlock()
 	if s != nil {
+		ctx, cancel := context.WithTimeout(ctx, dropTimeout)
+		defer cancel()
 		if _, _, err := s.peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Drop, Mount: m.id}); err != nil && !errors.Is(err, object.ErrNotFound) {
 			b.cfg.Log.Warn("drop", "volume", m.id, "err", err)
 		}
