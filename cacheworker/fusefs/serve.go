@@ -45,6 +45,9 @@ func Adopt(cfg Config, device, memfd, init *os.File, fresh bool, uuid string) (_
 		return nil, fmt.Errorf("dup INIT socket: %w", err)
 	}
 	srv, err := fuse.NewServer(m, fmt.Sprintf("/dev/fd/%d", fd), m.options())
+	if err == nil {
+		err = touchBuffers(srv)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("answer INIT of %s: %w", st.Path, err)
 	}
