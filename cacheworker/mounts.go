@@ -80,6 +80,7 @@ func (ms *mounts) connect(ctx context.Context) (connected bool, err error) {
 	})
 	done := make(chan error, 1)
 	go func() { done <- peer.Run(ctx) }()
+	before := ms.all() // what this broker gives us from here on it holds
 	hello := brokerwire.Message{Verb: brokerwire.Hello, Version: brokerwire.Version, Role: brokerwire.RoleWorker, UUID: ms.w.store.UUID().String()}
 	if _, _, err := peer.Call(ctx, hello); err != nil {
 		peer.Close()
@@ -87,7 +88,7 @@ func (ms *mounts) connect(ctx context.Context) (connected bool, err error) {
 		return false, fmt.Errorf("broker refuses this worker: %w", err)
 	}
 	ms.w.log.Info("connected to broker")
-	ms.giveBack(ctx, peer)
+	ms.giveBack(ctx, peer, before)
 	ms.setPeer(peer)
 	err = <-done
 	ms.setPeer(nil)
@@ -108,8 +109,8 @@ func (ms *mounts) setPeer(p *brokerwire.Peer) {
 }
 
 // giveBack gives a broker that was restarted what it held before.
-func (ms *mounts) giveBack(ctx context.Context, peer *brokerwire.Peer) {
-	for id, h := range ms.all() {
+func (ms *mounts) giveBack(ctx context.Context, peer *brokerwire.Peer, before map[string]*held) {
+	for id, h := range before {
 		err := give(ctx, peer, id, h)
 		if err != nil && !errors.Is(err, brokerwire.ErrExists) {
 			ms.w.log.Error("give mount back", "volume", id, "err", err)

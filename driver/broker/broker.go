@@ -74,10 +74,11 @@ type Broker struct {
 	stalled   atomic.Int64   // nanoseconds that mounts were without a worker before those
 	mounting  sync.Mutex     // one mount or unmount at a time; held across both
 
-	mu     sync.Mutex // guards the fields below; never held across a call to the worker or a mount
-	mounts map[string]*mount
-	worker *session      // nil while there is none
-	came   chan struct{} // closed when a worker comes; then replaced
+	mu      sync.Mutex // guards the fields below; never held across a call to the worker or a mount
+	mounts  map[string]*mount
+	pending string        // id of the volume that is being mounted
+	worker  *session      // nil while there is none
+	came    chan struct{} // closed when a worker comes; then replaced
 }
 
 // session is a connected worker.

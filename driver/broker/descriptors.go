@@ -129,6 +129,9 @@ func (b *Broker) takeBack(s *session, in brokerwire.Message, files []*os.File) e
 	if len(files) < 3 || len(files) > 4 {
 		return fmt.Errorf("give: three or four descriptors are needed, not %d: %w", len(files), object.ErrInvalid)
 	}
+	if b.has(in.Mount) {
+		return fmt.Errorf("give: volume %q is held already: %w", in.Mount, brokerwire.ErrExists)
+	}
 	st, err := brokerwire.ReadState(files[1])
 	if err != nil {
 		return err
@@ -151,7 +154,7 @@ func (b *Broker) takeBack(s *session, in brokerwire.Message, files []*os.File) e
 		return err
 	}
 	m := &mount{id: in.Mount, path: st.Path, dev: st.Dev, fuse: files[0], memfd: files[1], state: st, server: s, backing: live}
-	if err := m.closeOrphans(files[2]); err != nil {
+	if err := m.closeOrphans(); err != nil {
 		b.cfg.Log.Warn("close orphaned backing files", "volume", in.Mount, "err", err)
 	}
 	if len(files) == 4 {
@@ -174,6 +177,21 @@ func (b *Broker) takeBack(s *session, in brokerwire.Message, files []*os.File) e
 	return nil
 }
 
+// has reports whether a volume is mounted, or being mounted just now: then it is not
+// finished, but not lost either.
+func (b *Broker) has(id string) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.mounts[id] != nil || b.pending == id
+}
+
+// setPending says which volume is being mounted; "" is none.
+func (b *Broker) setPending(id string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.pending = id
+}
+
 func (b *Broker) bindAgain(s *session, m *mount) {
 	ctx, cancel := context.WithTimeout(context.Background(), adoptTimeout)
 	defer cancel()
@@ -183,19 +201,25 @@ func (b *Broker) bindAgain(s *session, m *mount) {
 }
 
 // closeOrphans closes backing ids that a broker registered and died before it could say so.
-// The kernel counts ids up, so they are among the latest: probe, any regular file, tells how far it has come.
-func (m *mount) closeOrphans(probe *os.File) error {
+// The kernel counts ids up, so they are among the latest: a file of ours tells how far it has come.
+func (m *mount) closeOrphans() error {
 	const window = 1024 // more than a worker registers at once
 	if len(m.state.InitOut) >= initOutSize && u32(m.state.InitOut, outFlags2)&passthroughFlag == 0 {
 		return nil
 	}
-	latest := int32(0)
-	for id := range m.backing {
-		latest = max(latest, id)
+	probe, err := brokerwire.NewBackings(nil)
+	if err != nil {
+		return err
 	}
+	defer probe.Close()
 	next, err := m.openBacking(probe)
 	if err != nil {
 		return err
+	}
+	delete(m.backing, next) // it was nobody's, whatever the worker says
+	latest := int32(0)
+	for id := range m.backing {
+		latest = max(latest, id)
 	}
 	for id := max(1, min(latest, next)-window); id <= next; id++ {
 		if _, live := m.backing[id]; !live {

@@ -60,7 +60,9 @@ func start(t *testing.T) *started {
 			t.Error(err)
 		}
 	})
-	eventually(t, func() bool { _, err := os.Stat(b.cfg.Socket); return err == nil })
+	client := NewClient(b.cfg.Socket)
+	defer client.Close()
+	eventually(t, func() bool { _, err := client.Mounts(t.Context()); return err == nil })
 	s.worker = &session{role: brokerwire.RoleWorker, uid: workerUID}
 	b.mu.Lock()
 	defer b.mu.Unlock()

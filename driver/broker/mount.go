@@ -91,6 +91,8 @@ func (b *Broker) mountVolume(ctx context.Context, in brokerwire.Message) error {
 		}
 		return b.refresh(ctx, in)
 	}
+	b.setPending(in.Volume.ID)
+	defer b.setPending("")
 	if err := clearDead(in.Path, b.cfg.Name); err != nil {
 		return err
 	}
