@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/larderfs/larder/driver/broker"
 	"github.com/larderfs/larder/sanity/leak"
 	"github.com/larderfs/larder/sanity/stack"
@@ -19,10 +21,11 @@ import (
 // apart is every part as a process of its own, as in Kubernetes: master, controller, node
 // service with the broker, and a worker without rights. What dies is started again.
 type apart struct {
-	dir, binary string
-	tier        int64
-	log         *os.File
-	kubelet     *stack.Kubelet
+	dir     string
+	binary  int // descriptor of the program: the worker may not enter the folder that it is in
+	tier    int64
+	log     *os.File
+	kubelet *stack.Kubelet
 
 	keepers sync.WaitGroup
 	stop    context.CancelFunc
@@ -35,8 +38,8 @@ type apart struct {
 const nobody = 65534
 
 func startApart(ctx context.Context, dir, binary string, tier int64) (_ *node, err error) {
-	a := &apart{dir: dir, binary: binary, tier: tier, pids: map[string]int{}}
-	if err := a.prepare(); err != nil {
+	a := &apart{dir: dir, tier: tier, pids: map[string]int{}}
+	if err := a.prepare(binary); err != nil {
 		return nil, err
 	}
 	a.kubelet = stack.NewKubelet(filepath.Join(dir, "kubelet"), filepath.Join(a.runDir(), "ctl.sock"), filepath.Join(a.runDir(), "node.sock"))
@@ -63,7 +66,16 @@ func (a *apart) cache() string  { return filepath.Join(a.dir, "cache") }
 func (a *apart) Log() string    { return filepath.Join(a.dir, "larder.log") }
 func (a *apart) Abort() error   { return leak.Abort(a.dir) }
 
-func (a *apart) prepare() (err error) {
+func (a *apart) prepare(binary string) (err error) {
+	f, err := os.Open(binary)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	const behind = 100 // the descriptors that a child is given
+	if a.binary, err = unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, behind); err != nil {
+		return err
+	}
 	for _, d := range []string{a.runDir(), a.cache(), filepath.Join(a.dir, "tmp")} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return err
@@ -103,7 +115,7 @@ func (a *apart) once(ctx context.Context, part string) error {
 	}
 	defer w.Close() // its end is the end of the child, should we be killed
 	defer r.Close()
-	cmd := a.Command(ctx, a.binary, append(a.args(part), "--lifeline-fd", "3")...)
+	cmd := a.Command(ctx, fmt.Sprintf("/proc/self/fd/%d", a.binary), append(a.args(part), "--lifeline-fd", "3")...)
 	dirs, err := a.dirs(part)
 	if err != nil {
 		return err
@@ -177,5 +189,5 @@ func (a *apart) Close() error {
 	for _, m := range leak.Mounts(a.dir) {
 		err = errors.Join(err, fmt.Errorf("%s (%s) is still mounted", m.Point, m.Type))
 	}
-	return errors.Join(err, a.log.Close(), leak.Clean(a.dir))
+	return errors.Join(err, a.log.Close(), unix.Close(a.binary), leak.Clean(a.dir))
 }

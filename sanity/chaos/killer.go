@@ -153,14 +153,17 @@ func (k *killer) awaitBack(ctx context.Context, part string, deaths int) error {
 	return nil
 }
 
-// moment waits for one at which a kill counts, and then for a little more.
+// moment waits for one, at random, at which a kill counts.
 func (k *killer) moment(ctx context.Context, part string) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	eventually(ctx, "", func() bool {
-		return part == workerPart && k.fleet.inFlight() || part == brokerPart && (k.fleet.held() > 0 || k.churn.underWay())
-	})
-	pause(ctx, time.Duration(k.rng.IntN(4000))*time.Microsecond)
+	pause(ctx, time.Duration(k.rng.IntN(20_000))*time.Microsecond)
+	for ctx.Err() == nil {
+		if part == workerPart && k.fleet.inFlight() || part == brokerPart && (k.fleet.held() > 0 || k.churn.underWay()) {
+			return
+		}
+		pause(ctx, 50*time.Microsecond) // many an operation takes no longer than that
+	}
 }
 
 func (k *killer) kill(ctx context.Context, part string) error {
@@ -175,13 +178,25 @@ func (k *killer) kill(ctx context.Context, part string) error {
 
 // end kills a process and notes it.
 func (k *killer) end(ctx context.Context, part string, p process) error {
+	d, err := k.strike(part, p)
+	if err != nil {
+		return err
+	}
+	return k.bury(ctx, p, d)
+}
+
+func (k *killer) strike(part string, p process) (*kill, error) {
 	d := &kill{Target: part, Held: k.fleet.held() > 0, At: now()}
 	if err := p.signal(unix.SIGKILL); err != nil {
-		return fmt.Errorf("kill %s: %w", part, err)
+		return nil, fmt.Errorf("kill %s: %w", part, err)
 	}
+	k.kills = append(k.kills, d)
+	return d, nil
+}
+
+func (k *killer) bury(ctx context.Context, p process, d *kill) error {
 	err := p.awaitEnd(ctx)
 	d.Dead = now()
-	k.kills = append(k.kills, d)
 	return err
 }
 
@@ -273,7 +288,8 @@ func (k *killer) killStopped(ctx context.Context, part string) error {
 	return k.end(ctx, part, p)
 }
 
-// killBesideStopped kills a process while the other one is stopped: the hand-over has to wait.
+// killBesideStopped kills a process while the other one is stopped: the hand-over has to wait. So may the
+// end of a broker that has just asked something of a mount whose worker is stopped.
 func (k *killer) killBesideStopped(ctx context.Context, part string) error {
 	p, err := k.node.find(ctx, part, 0)
 	if err != nil {
@@ -286,7 +302,15 @@ func (k *killer) killBesideStopped(ctx context.Context, part string) error {
 	}
 	defer other.close()
 	k.moment(ctx, part)
-	return k.whileStopped(ctx, other, func() error { return k.end(ctx, part, p) })
+	var d *kill
+	err = k.whileStopped(ctx, other, func() (err error) {
+		d, err = k.strike(part, p)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return k.bury(ctx, p, d)
 }
 
 // starve has the kernel kill the worker for want of memory.
