@@ -221,10 +221,10 @@ func TestReadersDoNotNoticeThatTheWorkerIsReplaced(t *testing.T) {
 			m := int(u.must(call{Op: "mmap", FD: mapped, Len: len(w.want["mapped"]), Flags: mapShared}).N)
 			pm := int(u.must(call{Op: "mmap", FD: pass, Len: len(w.want["pass"]), Flags: mapShared}).N)
 			big, forgotten := u.open(w.data("big"), unix.O_DIRECTORY), u.open(w.data("big"), unix.O_DIRECTORY)
-			seen, seen2 := u.entries(big, 4096, 500), u.entries(forgotten, 4096, 900)
+			_, seen2 := u.entries(big, 4096, 500), u.entries(forgotten, 4096, 900)
 			u.close(big) // so that its handle's number is free
 			big = u.open(w.data("big"), unix.O_DIRECTORY)
-			seen = u.entries(big, 4096, 500)
+			seen := u.entries(big, 4096, 500)
 
 			check := func(when string) {
 				t.Helper()
