@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/larderfs/larder/sanity/leak"
 	"github.com/larderfs/larder/sanity/s3test"
 )
@@ -64,6 +66,11 @@ func TestPassthroughReaderNeedsNoWorker(t *testing.T) {
 	a := startApart(t, store.Endpoint)
 	_, target := publish(t, a.Kubelet, bucket(store, "v", "ds"))
 	mustShell(t, "cat "+target+"/data/big > /dev/null; cat "+target+"/data/big > /dev/null")
+	a.await(func() bool { // what was read is written to the cache a little later
+		b := make([]byte, 32)
+		n, err := unix.Getxattr(target+"/data/big", "user.larder.cached", b)
+		return err == nil && string(b[:n]) == fmt.Sprint(len(big))
+	})
 	o := open(t, target+"/data/big")
 	a.end("worker", syscall.SIGKILL)
 	if got, err := o.read(); err != nil || !strings.HasPrefix(got, want) {
