@@ -138,8 +138,8 @@ func mountsOf(t *testing.T, dir string) string {
 	return strings.Join(out, "\n")
 }
 
-// A worker that never returns: reads end with an error after the deadline, the readers can be
-// killed, and the volume unpublished.
+// A worker that never returns: reads end with an error after the deadline, readers that were
+// killed meanwhile end, and the volume is unpublished.
 func TestWorkerNeverReturns(t *testing.T) {
 	store := s3test.Start(t)
 	put(t, store, map[string][]byte{"ds/f": pattern(2<<20, 7), "ds/g": pattern(2<<20, 8)})
@@ -147,11 +147,19 @@ func TestWorkerNeverReturns(t *testing.T) {
 	v, target := publish(t, a.Kubelet, bucket(store, "v", "ds"))
 	mustShell(t, "cat "+target+"/data/f > /dev/null")
 	a.end("worker", syscall.SIGKILL)
+	killed := exec.Command("cat", target+"/data/g")
+	if err := killed.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := killed.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
 	out, err := shell(t, "cat "+target+"/data/g")
 	if err == nil || strings.Contains(err.Error(), "killed") {
 		t.Errorf("a read without a worker: %v; want an I/O error after the deadline", err)
 	}
 	t.Logf("the read ended with: %s", out)
+	killed.Wait() // does not return while it is blocked in the mount
 	if err := a.UnpublishPod(t.Context(), v, target); err != nil {
 		t.Error(err)
 	}
@@ -172,17 +180,20 @@ func TestWorkerNeverReturns(t *testing.T) {
 func TestKernelWithoutResend(t *testing.T) {
 	store := s3test.Start(t)
 	put(t, store, map[string][]byte{"ds/f": pattern(2<<20, 7), "ds/g": pattern(2<<20, 8)})
-	a := startApart(t, store.Endpoint, "worker", "--no-resend", "worker", "--no-passthrough", "node", "--takeover-deadline=3s")
-	_, target := publish(t, a.Kubelet, bucket(store, "v", "ds"))
+	a := startApart(t, store.Endpoint, "worker", "--no-resend", "worker", "--no-passthrough", "node", "--takeover-deadline=5s")
+	v, target := publish(t, a.Kubelet, bucket(store, "v", "ds"))
 	f := open(t, target+"/data/f")
 	a.end("worker", syscall.SIGKILL)
 	a.start("worker")
 	if got, err := f.read(); err != nil || !strings.HasPrefix(got, sum(pattern(2<<20, 7))) {
 		t.Errorf("a file that was open: %q, %v", got, err)
 	}
-	held := make(chan struct{})
+	held := make(chan error, 1)
 	store.SetHook(s3test.Times(1, s3test.Get, s3test.Stall(1)))
-	go func() { defer close(held); shell(t, "cat "+target+"/data/g") }()
+	go func() {
+		_, err := shell(t, "cat "+target+"/data/g")
+		held <- err
+	}()
 	a.await(func() bool { // the READ is at the worker
 		for _, r := range store.Requests() {
 			if r.Key == "ds/g" {
@@ -194,13 +205,30 @@ func TestKernelWithoutResend(t *testing.T) {
 	a.end("worker", syscall.SIGKILL)
 	store.SetHook(nil)
 	a.start("worker")
+	if got := mustShell(t, "sha256sum < "+target+"/data/f"); !strings.HasPrefix(got, sum(pattern(2<<20, 7))) {
+		t.Errorf("beside a lost request: read %s", got)
+	}
 	select {
-	case <-held:
-	case <-time.After(30 * time.Second):
-		t.Error("a request in flight hangs beyond the deadline")
+	case err := <-held:
+		t.Fatalf("the lost request was answered before the deadline: %v", err)
+	default:
+	}
+	if err := <-held; err == nil || strings.Contains(err.Error(), "killed") {
+		t.Errorf("the lost request ended with %v; want an error when the mount is aborted", err)
+	}
+	if out, err := shell(t, "ls "+target+"/data"); err == nil {
+		t.Errorf("the mount was not aborted: %s", out)
 	}
 	log, err := os.ReadFile(filepath.Join(a.dir, "log"))
-	if err != nil || !strings.Contains(string(log), "resend") {
-		t.Errorf("the log does not say that resend is missing: %v", err)
+	for _, want := range []string{"without resend", "without passthrough"} {
+		if err != nil || !strings.Contains(string(log), want) {
+			t.Errorf("the log does not say %q: %v", want, err)
+		}
+	}
+	if _, err := a.PublishPod(t.Context(), v, "v"); err != nil { // as after the death of both
+		t.Fatal(err)
+	}
+	if got := mustShell(t, "sha256sum < "+target+"/data/g"); !strings.HasPrefix(got, sum(pattern(2<<20, 8))) {
+		t.Errorf("after a new publish: read %s", got)
 	}
 }
