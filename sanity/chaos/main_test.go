@@ -22,7 +22,6 @@ func TestMain(m *testing.M) {
 
 // The short form of `make chaos`: each way to die, twice.
 func TestNoReaderSeesADeath(t *testing.T) {
-	onlyWithChaos(t)
 	seed := uint64(time.Now().UnixNano()) % 1e6
 	o := chaosTest(t, config{scale: short, seed: seed, plan: func(ctx context.Context, k *killer) error {
 		for _, part := range []string{workerPart, brokerPart, workerPart, brokerPart} {
@@ -50,7 +49,6 @@ func TestNoReaderSeesADeath(t *testing.T) {
 
 // Where the parts are processes of their own the master dies too.
 func TestNoReaderNeedsTheMaster(t *testing.T) {
-	onlyWithChaos(t)
 	o := chaosTest(t, config{scale: short, seed: 1, apart: true, plan: func(ctx context.Context, k *killer) error {
 		for i, part := range []string{masterPart, controllerPart, workerPart, brokerPart, masterPart} {
 			if part == workerPart || part == brokerPart {
@@ -75,7 +73,6 @@ func TestNoReaderNeedsTheMaster(t *testing.T) {
 
 // What no mount survives has to be found: this is the test of the test.
 func TestReadersSeeTheDeathOfBoth(t *testing.T) {
-	onlyWithChaos(t)
 	o := chaosTest(t, config{scale: short, seed: 1, plan: func(ctx context.Context, k *killer) error {
 		if err := k.both(ctx); err != nil {
 			return err
@@ -223,14 +220,5 @@ func TestDifferenceNamesDuplicatesAndGaps(t *testing.T) {
 		if d := difference(strings.Fields(c.got), strings.Fields(c.want)); d != c.diff {
 			t.Errorf("%q against %q: %q, want %q", c.got, c.want, d, c.diff)
 		}
-	}
-}
-
-// onlyWithChaos leaves the runs that kill processes to CHAOS=1: unstage under repeated kills of the
-// broker is not settled yet.
-func onlyWithChaos(t *testing.T) {
-	t.Helper()
-	if os.Getenv("CHAOS") == "" {
-		t.Skip("set CHAOS=1")
 	}
 }
