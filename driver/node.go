@@ -19,6 +19,7 @@ import (
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/driver/mounttable"
 )
 
 // Broker makes and removes mounts. Paths are absolute and without symlinks. Errors wrap the
@@ -226,7 +227,7 @@ func (n *node) clear(ctx context.Context, v view, id, path string) error {
 	}
 	const most = 64 // mounts on top of each other
 	for range most {
-		p, ok := v.table.at(path)
+		p, ok := v.table.At(path)
 		if !ok {
 			return nil
 		}
@@ -234,14 +235,14 @@ func (n *node) clear(ctx context.Context, v view, id, path string) error {
 		switch {
 		case owned && owner.VolumeID != id:
 			return fmt.Errorf("volume %s is published at %s: %w", quote(owner.VolumeID), path, brokerwire.ErrExists)
-		case !owned && !p.fuse():
+		case !owned && !p.FUSE():
 			return fmt.Errorf("%s is a mount point of a %s file system that is not Larder's; unmount it: %w", path, p.FSType, errPrecondition)
 		}
 		if err := n.broker.Unmount(ctx, path); err != nil {
 			return fmt.Errorf("unmount %s: %w", path, err)
 		}
 		var err error
-		if v.table, err = readMountTable(); err != nil {
+		if v.table, err = mounttable.Read(); err != nil {
 			return err
 		}
 	}
@@ -401,7 +402,7 @@ const (
 
 // wasStaged reports whether a volume was staged at path and not unstaged since.
 func (v view) wasStaged(path string) bool {
-	if _, mounted := v.table.at(path); mounted { // and might not answer
+	if _, mounted := v.table.At(path); mounted { // and might not answer
 		return false
 	}
 	st, err := os.Lstat(path)
@@ -449,7 +450,7 @@ func (n *node) bind(ctx context.Context, want brokerwire.Volume, target string, 
 	if want.Layout == brokerwire.LayoutData {
 		subdir, root = "data", "/data"
 	}
-	if p, ok := v.table.at(target); ok && v.is(p, m) && p.Root == root && p.readOnly() {
+	if p, ok := v.table.At(target); ok && v.is(p, m) && p.Root == root && p.ReadOnly {
 		return nil
 	}
 	if err := checkSingle(v, m, target, c); err != nil {

@@ -82,7 +82,7 @@ func (v view) shows(id, path string) bool {
 		return false
 	}
 	path, err := resolve("", path)
-	p, mounted := v.table.at(path)
+	p, mounted := v.table.At(path)
 	return err == nil && mounted && v.is(p, m)
 }
 

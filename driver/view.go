@@ -9,20 +9,21 @@ import (
 	"strings"
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/driver/mounttable"
 )
 
 // view is what the broker and the kernel say of mounts at one moment. It is all that the
 // node service knows, and it is forgotten at the end of the call.
 type view struct {
 	held  []brokerwire.Mount
-	table mountTable
+	table mounttable.Table
 }
 
 func (n *node) look(ctx context.Context) (v view, err error) {
 	if v.held, err = n.broker.Mounts(ctx); err != nil {
 		return v, fmt.Errorf("ask the broker for its mounts: %w", err)
 	}
-	v.table, err = readMountTable()
+	v.table, err = mounttable.Read()
 	return v, err
 }
 
@@ -35,7 +36,7 @@ func (v view) heldAt(path string) (brokerwire.Mount, bool) {
 }
 
 // owner is the held mount whose file system p shows.
-func (v view) owner(p mountPoint) (brokerwire.Mount, bool) {
+func (v view) owner(p mounttable.Entry) (brokerwire.Mount, bool) {
 	return v.find(func(m brokerwire.Mount) bool { return v.is(p, m) })
 }
 
@@ -50,21 +51,21 @@ func (v view) find(match func(brokerwire.Mount) bool) (brokerwire.Mount, bool) {
 
 // live reports whether the kernel has the mount too.
 func (v view) live(m brokerwire.Mount) bool {
-	_, ok := v.table.at(m.Path)
+	_, ok := v.table.At(m.Path)
 	return ok
 }
 
 // is reports whether p shows the file system of m: every bind has its device number.
-func (v view) is(p mountPoint, m brokerwire.Mount) bool {
-	main, ok := v.table.at(m.Path)
+func (v view) is(p mounttable.Entry, m brokerwire.Mount) bool {
+	main, ok := v.table.At(m.Path)
 	return ok && main.Dev == p.Dev
 }
 
 // dead reports a FUSE mount at path that the broker does not hold.
 func (v view) dead(path string) bool {
-	p, ok := v.table.at(path)
+	p, ok := v.table.At(path)
 	_, owned := v.owner(p)
-	return ok && p.fuse() && !owned
+	return ok && p.FUSE() && !owned
 }
 
 // belongsToOther reports whether another volume is mounted or published at path.
@@ -72,7 +73,7 @@ func (v view) belongsToOther(id, path string) bool {
 	if m, ok := v.heldAt(path); ok && m.VolumeID != id {
 		return true
 	}
-	p, ok := v.table.at(path)
+	p, ok := v.table.At(path)
 	m, owned := v.owner(p)
 	return ok && owned && m.VolumeID != id
 }

@@ -223,7 +223,7 @@ type world struct {
 	dir    string
 	path   string           // of the mount
 	mem    *memsource.Store // the under store
-	client *broker.Client
+	client *brokerwire.Client
 }
 
 func newWorld(t *testing.T, o options) *world {
@@ -298,7 +298,7 @@ func (w *world) startBroker() {
 	ctx, stop := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- b.Run(ctx) }()
-	w.client = broker.NewClient(w.socket())
+	w.client = brokerwire.NewClient(w.socket())
 	w.t.Cleanup(func() {
 		w.client.Close()
 		stop()

@@ -20,6 +20,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
 	"github.com/larderfs/larder/cacheworker"
+	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/workerpb"
 	"github.com/larderfs/larder/driver"
 	"github.com/larderfs/larder/driver/broker"
@@ -243,7 +244,7 @@ func sourceFlags(f *pflag.FlagSet, fileRoot *string, inlineEndpoints *[]string) 
 // node is the CSI server of a node and what it talks to.
 type node struct {
 	srv    *driver.Server
-	broker *broker.Client
+	broker *brokerwire.Client
 	worker *grpc.ClientConn
 }
 
@@ -254,7 +255,7 @@ func newNode(d driver.Config, run string, volumes driver.Volumes) (*node, error)
 	if err != nil {
 		return nil, err
 	}
-	n := &node{broker: broker.NewClient(filepath.Join(run, brokerSocket)), worker: conn}
+	n := &node{broker: brokerwire.NewClient(filepath.Join(run, brokerSocket)), worker: conn}
 	also := d.Ready
 	d.Ready = func(ctx context.Context) error {
 		if _, err := n.broker.Mounts(ctx); err != nil {

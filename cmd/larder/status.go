@@ -14,7 +14,6 @@ import (
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/workerpb"
-	"github.com/larderfs/larder/driver/broker"
 )
 
 // nodeStatus is what `larder status -o json` prints. Fields are added, never changed.
@@ -139,7 +138,7 @@ func askWorker(ctx context.Context, run string) (*workerpb.WorkerStatus, error) 
 }
 
 func askBroker(ctx context.Context, run string) ([]brokerwire.Mount, error) {
-	c := broker.NewClient(filepath.Join(run, brokerSocket))
+	c := brokerwire.NewClient(filepath.Join(run, brokerSocket))
 	defer c.Close()
 	return c.Mounts(ctx)
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/driver/mounttable"
 )
 
 // ioctls of /dev/fuse (include/uapi/linux/fuse.h).
@@ -142,7 +143,7 @@ func (b *Broker) takeBack(s *session, in brokerwire.Message, files []*os.File) e
 	if err := b.checkFuse(files[0], st); err != nil {
 		return err
 	}
-	if len(st.InitOut) == 0 {
+	if !st.Negotiated() {
 		return errors.Join(fmt.Errorf("give: the mount of volume %q was not finished: %w", in.Mount, object.ErrNotFound),
 			unix.Unmount(st.Path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW))
 	}
@@ -204,7 +205,7 @@ func (b *Broker) bindAgain(s *session, m *mount) {
 // The kernel counts ids up, so they are among the latest: a file of ours tells how far it has come.
 func (m *mount) closeOrphans() error {
 	const window = 1024 // more than a worker registers at once
-	if len(m.state.InitOut) >= initOutSize && u32(m.state.InitOut, outFlags2)&passthroughFlag == 0 {
+	if !m.state.CanPassthrough() {
 		return nil
 	}
 	probe, err := brokerwire.NewBackings(nil)
@@ -258,11 +259,11 @@ func (b *Broker) checkFuse(f *os.File, st brokerwire.State) error {
 	if s.Mode&unix.S_IFMT != unix.S_IFCHR || s.Rdev != unix.Mkdev(10, 229) {
 		return fmt.Errorf("give: not /dev/fuse: %w", object.ErrDenied)
 	}
-	e, ok, err := topmost(st.Path)
+	e, ok, err := mounttable.At(st.Path)
 	if err != nil {
 		return err
 	}
-	if !ok || e.dev != st.Dev || e.root != "/" || e.fstype != FSType || e.source != b.cfg.Name {
+	if !ok || e.Dev != st.Dev || e.Root != "/" || e.FSType != FSType || e.Source != b.cfg.Name {
 		return fmt.Errorf("give: %s does not show the file system that the state names: %w", st.Path, object.ErrNotFound)
 	}
 	return nil

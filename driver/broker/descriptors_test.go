@@ -60,7 +60,7 @@ func start(t *testing.T) *started {
 			t.Error(err)
 		}
 	})
-	client := NewClient(b.cfg.Socket)
+	client := brokerwire.NewClient(b.cfg.Socket)
 	defer client.Close()
 	eventually(t, func() bool { _, err := client.Mounts(t.Context()); return err == nil })
 	s.worker = &session{role: brokerwire.RoleWorker, uid: workerUID}
@@ -292,45 +292,4 @@ func sayHello(socket string, role brokerwire.Role) int {
 		return 3
 	}
 	return 0
-}
-
-func TestLaterAnswersToInitMustAgree(t *testing.T) {
-	first := make([]byte, initOutSize)
-	set := func(off int, v uint32) []byte {
-		b := append([]byte(nil), first...)
-		b[off], b[off+1], b[off+2], b[off+3] = byte(v), byte(v>>8), byte(v>>16), byte(v>>24)
-		return b
-	}
-	first = set(outMaxWrite, 1<<20)
-	for name, c := range map[string]struct {
-		answer []byte
-		says   string // "" for accepted
-	}{
-		"the same":              {first, ""},
-		"larger requests":       {set(outMaxWrite, 2<<20), ""},
-		"smaller requests":      {set(outMaxWrite, 1<<19), "fs.fuse.max_pages_limit"},
-		"another minor version": {set(outMinor, 7), "minor version"},
-		"other flags":           {set(outFlags, 1), "flags"},
-		"other flags2":          {set(outFlags2, passthroughFlag), "flags2"},
-		"another depth":         {set(outStackDepth, 2), "stack depth"},
-		"an error":              {set(4, 0xffffffea), "refused INIT"},
-		"too short":             {first[:20], "refused INIT"},
-	} {
-		err := sameInit(first, c.answer)
-		if (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) {
-			t.Errorf("%s: %v; want %q", name, err, c.says)
-		}
-	}
-}
-
-func FuzzParseEntry(f *testing.F) {
-	f.Add(`36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue`)
-	f.Add(`1 1 0:40 / /a\040b ro - fuse.larder larder-x ro`)
-	f.Add(`1 1 0:40 / /a\04 - `)
-	f.Fuzz(func(t *testing.T, line string) {
-		e, ok := parseEntry(line)
-		if ok && e.path == "" {
-			t.Errorf("a mount without a path from %q", line)
-		}
-	})
 }

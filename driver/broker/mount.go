@@ -1,9 +1,7 @@
 package broker
 
 import (
-	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -186,38 +184,32 @@ func (m *mount) readopt(ctx context.Context, s *session) (bool, error) {
 	return err == nil, err
 }
 
-// adopt feeds a worker: it plays the kernel's INIT to it over a socket pair, checks that it
-// answers as the first one did, and sends it the descriptors. Requires m.adopting.
+// adopt feeds a worker: it plays the kernel's INIT to it, checks that it answers as the first
+// one did, whose answer goes to the kernel, and sends it the descriptors. Requires m.adopting.
 func (m *mount) adopt(ctx context.Context, s *session, fresh bool) error {
-	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("socketpair: %w", err)
-	}
-	ours, theirs := os.NewFile(uintptr(pair[0]), "init"), os.NewFile(uintptr(pair[1]), "init")
-	defer ours.Close()
-	defer theirs.Close()
-
 	m.mu.Lock()
-	st, files := m.state, []*os.File{m.fuse, m.memfd, theirs}
-	if m.listener != nil {
-		files = append(files, m.listener)
-	}
+	st, files := m.state, []*os.File{m.fuse, m.memfd}
+	listener := m.listener
 	m.mu.Unlock()
-	if _, err := ours.Write(maskInit(st.InitIn, st.InitOut)); err != nil {
-		return fmt.Errorf("feed INIT: %w", err)
-	}
-	answered := make(chan error, 1)
-	go func() { answered <- m.checkAnswer(ours, st.InitOut) }()
-	_, _, err = s.peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Adopt, Mount: m.id, Fresh: fresh}, files...)
-	theirs.Close()
-	unix.Shutdown(int(ours.Fd()), unix.SHUT_RDWR) // ends checkAnswer if there was no answer
-	aerr := <-answered
+	init, err := st.Ask()
 	if err != nil {
-		return err // says why there was no answer
+		return err
 	}
-	if aerr != nil {
+	defer init.Close()
+	files = append(files, init.Theirs)
+	if listener != nil {
+		files = append(files, listener)
+	}
+	if _, _, err := s.peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Adopt, Mount: m.id, Fresh: fresh}, files...); err != nil {
+		return err
+	}
+	answer, err := init.Answer()
+	if err == nil && !st.Negotiated() {
+		err = m.answerInit(answer)
+	}
+	if err != nil {
 		s.peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Drop, Mount: m.id}) // its error is of no use: ours is returned
-		return aerr
+		return err
 	}
 	m.mu.Lock()
 	m.server = s
@@ -225,7 +217,7 @@ func (m *mount) adopt(ctx context.Context, s *session, fresh bool) error {
 		m.expiry.Stop()
 		m.expiry = nil
 	}
-	if len(files) == 4 && files[3] == m.listener {
+	if listener != nil && listener == m.listener {
 		m.heard = s
 	}
 	m.mu.Unlock()
@@ -235,78 +227,12 @@ func (m *mount) adopt(ctx context.Context, s *session, fresh bool) error {
 	return nil
 }
 
-// checkAnswer reads the worker's answer. The first one goes to the kernel; later ones must
-// agree with it.
-func (m *mount) checkAnswer(ours *os.File, first []byte) error {
-	b := make([]byte, 4096)
-	n, err := unix.Read(int(ours.Fd()), b)
-	if err != nil || n == 0 {
-		return fmt.Errorf("worker did not answer INIT: %w", errors.Join(err, object.ErrUnavailable))
-	}
-	if first != nil {
-		return sameInit(first, b[:n])
-	}
-	if err := checkInit(b[:n]); err != nil {
-		return err
-	}
-	if _, err := unix.Write(int(m.fuse.Fd()), b[:n]); err != nil {
+func (m *mount) answerInit(answer []byte) error {
+	if _, err := unix.Write(int(m.fuse.Fd()), answer); err != nil {
 		return fmt.Errorf("answer INIT: %w", err)
 	}
 	// Behind the answer: a mount whose state has none, when a worker gives it back, is not finished.
-	return m.setState(func(s *brokerwire.State) { s.InitOut = bytes.Clone(b[:n]) })
-}
-
-// Offsets in struct fuse_init_in behind its 40 byte header and in fuse_init_out behind its
-// 16 byte header (include/uapi/linux/fuse.h).
-const (
-	inFlags, inFlags2                            = 40 + 12, 40 + 16
-	outMinor, outFlags, outMaxWrite              = 16 + 4, 16 + 12, 16 + 20
-	outMaxPages, outFlags2, outStackDepth        = 16 + 28, 16 + 32, 16 + 36
-	initInSize, initOutSize                      = 40 + 64, 16 + 64
-	initWantsFlags2                       uint32 = 1 << 30 // FUSE_INIT_EXT
-	passthroughFlag                              = 1 << 5  // FUSE_PASSTHROUGH, in flags2
-	resendFlag                                   = 1 << 7  // FUSE_HAS_RESEND, in flags2
-)
-
-func u32(b []byte, off int) uint32 { return binary.LittleEndian.Uint32(b[off:]) }
-
-// maskInit is the INIT for a later worker: it is offered what was negotiated, no more.
-func maskInit(in, out []byte) []byte {
-	in = bytes.Clone(in)
-	if out == nil || len(in) < initInSize || len(out) < initOutSize {
-		return in
-	}
-	flags := u32(in, inFlags) & (u32(out, outFlags) | initWantsFlags2)
-	binary.LittleEndian.PutUint32(in[inFlags:], flags)
-	binary.LittleEndian.PutUint32(in[inFlags2:], u32(in, inFlags2)&u32(out, outFlags2))
-	return in
-}
-
-func checkInit(out []byte) error {
-	if len(out) < initOutSize || int32(u32(out, 4)) != 0 {
-		return fmt.Errorf("worker refused INIT: %w", object.ErrInvalid)
-	}
-	return nil
-}
-
-// sameInit holds a later worker's answer against the first.
-func sameInit(first, b []byte) error {
-	if err := checkInit(b); err != nil {
-		return err
-	}
-	for _, f := range []struct {
-		name string
-		off  int
-	}{{"minor version", outMinor}, {"flags", outFlags}, {"flags2", outFlags2}, {"stack depth", outStackDepth}} {
-		if u32(first, f.off) != u32(b, f.off) {
-			return fmt.Errorf("worker answers INIT with %s %#x, negotiated was %#x: %w", f.name, u32(b, f.off), u32(first, f.off), object.ErrInvalid)
-		}
-	}
-	if u32(b, outMaxWrite) < u32(first, outMaxWrite) {
-		return fmt.Errorf("worker takes requests of %d bytes, the mount sends %d: raise the sysctl fs.fuse.max_pages_limit: %w",
-			u32(b, outMaxWrite), u32(first, outMaxWrite), object.ErrInvalid)
-	}
-	return nil
+	return m.setState(func(s *brokerwire.State) { s.InitOut = answer })
 }
 
 // ensureSocket binds domain/<uuid> through the mount and hands the listener to the worker.
@@ -472,11 +398,10 @@ func (b *Broker) watchLost(m *mount) {
 
 const lostSample = 100 * time.Millisecond
 
-// canResend reports whether the kernel delivers requests again.
 func (m *mount) canResend() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return len(m.state.InitOut) >= initOutSize && u32(m.state.InitOut, outFlags2)&resendFlag != 0
+	return m.state.CanResend()
 }
 
 // reconcile removes mounts of this broker's name that nobody holds: both holders died. Only after a

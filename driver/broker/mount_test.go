@@ -20,6 +20,7 @@ import (
 	"github.com/larderfs/larder/cacheworker"
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/driver/mounttable"
 )
 
 // odd are names that the mount table escapes.
@@ -115,7 +116,7 @@ func TestUnmountRemovesWhatIsStackedAndIsBusyWhereItIsUsed(t *testing.T) {
 	if err := unmountAll(path); err != nil {
 		t.Error(err)
 	}
-	if e, ok, err := topmost(path); ok || err != nil {
+	if e, ok, err := mounttable.At(path); ok || err != nil {
 		t.Errorf("left: %+v, %v", e, err)
 	}
 	if err := unmountAll(filepath.Join(path, "none")); err != nil {
@@ -127,7 +128,7 @@ func TestUnmountRemovesWhatIsStackedAndIsBusyWhereItIsUsed(t *testing.T) {
 // descriptor.
 func bareFUSE(t *testing.T, name, path string) *os.File {
 	t.Helper()
-	if _, ok, _ := topmost(path); !ok { // what is dead cannot be looked at
+	if _, ok, _ := mounttable.At(path); !ok { // what is dead cannot be looked at
 		mkdir(t, path)
 	}
 	f := openFile(t, "/dev/fuse", unix.O_RDWR)
@@ -158,14 +159,14 @@ func TestOnlyDeadMountsOfOursAreCleared(t *testing.T) {
 	if err := clearDead(at("dead mount"), "us"); err != nil {
 		t.Errorf("dead ones: %v", err)
 	}
-	if _, ok, _ := topmost(at("dead mount")); ok {
+	if _, ok, _ := mounttable.At(at("dead mount")); ok {
 		t.Error("a dead mount is still there")
 	}
 	held := bareFUSE(t, "us", at("held"))
 	if err := clearDead(at("held"), "us"); !errors.Is(err, object.ErrBusy) {
 		t.Errorf("one that somebody holds: %v", err)
 	}
-	if _, ok, _ := topmost(at("held")); !ok {
+	if _, ok, _ := mounttable.At(at("held")); !ok {
 		t.Error("a mount that somebody holds was removed")
 	}
 	held.Close()
@@ -183,16 +184,16 @@ func TestRemoveDeadTakesAwayWhatHasTheName(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	es, err := mountTable()
+	es, err := mounttable.Read()
 	if err != nil {
 		t.Fatal(err)
 	}
 	left := 0
 	for _, e := range es {
-		if e.source == name {
+		if e.Source == name {
 			t.Errorf("left: %+v", e)
 		}
-		if strings.HasPrefix(e.path, dir) {
+		if strings.HasPrefix(e.Path, dir) {
 			left++
 		}
 	}
@@ -226,7 +227,7 @@ type node struct {
 	t        *testing.T
 	dir      string
 	log      *slog.Logger
-	client   *Client
+	client   *brokerwire.Client
 	stopping func() // of the broker
 }
 
@@ -237,7 +238,7 @@ func newNode(t *testing.T) *node {
 	if err := os.WriteFile(filepath.Join(mkdir(t, n.path("files")), "f"), []byte("bytes"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	n.client = NewClient(n.path("broker.sock"))
+	n.client = brokerwire.NewClient(n.path("broker.sock"))
 	t.Cleanup(func() {
 		if err := errors.Join(n.client.Close(), RemoveDead(n.name()), RemoveView(n.path("view"))); err != nil {
 			t.Error(err)
@@ -374,7 +375,7 @@ func TestAFailedMountLeavesNothing(t *testing.T) {
 	if err := n.client.Mount(t.Context(), v, n.path("stage")); !errors.Is(err, object.ErrInvalid) { // not below the file root
 		t.Errorf("got %v", err)
 	}
-	if _, ok, _ := topmost(n.path("stage")); ok || len(n.mounts()) != 0 {
+	if _, ok, _ := mounttable.At(n.path("stage")); ok || len(n.mounts()) != 0 {
 		t.Error("something is mounted")
 	}
 	tmpfs(t, n.path("taken"))
@@ -437,7 +438,7 @@ func TestOnlyAMountOfOursIsTakenBack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	good := brokerwire.State{Volume: brokerwire.Volume{ID: "w"}, Path: filepath.Join(dir, "ours"), Dev: dev, InitOut: make([]byte, initOutSize)}
+	good := brokerwire.State{Volume: brokerwire.Volume{ID: "w"}, Path: filepath.Join(dir, "ours"), Dev: dev, InitOut: make([]byte, 80)}
 	state := func(change func(*brokerwire.State)) *os.File {
 		st := good
 		change(&st)

@@ -1,7 +1,6 @@
 package broker
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -18,110 +17,28 @@ import (
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/driver/mounttable"
 )
-
-// entry is a line of /proc/self/mountinfo. Reading it never touches a file system, so a
-// dead FUSE mount cannot block us.
-type entry struct {
-	dev        uint64
-	root       string // what of the file system is mounted
-	path       string
-	readOnly   bool // the mount, whatever the file system is
-	fstype     string
-	source     string
-	fsReadOnly bool // the file system itself
-}
-
-func mountTable() ([]entry, error) {
-	f, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return nil, fmt.Errorf("mount table: %w", err)
-	}
-	defer f.Close()
-	var out []entry
-	sc := bufio.NewScanner(f)
-	sc.Buffer(nil, 1<<20)
-	for sc.Scan() {
-		if e, ok := parseEntry(sc.Text()); ok {
-			out = append(out, e)
-		}
-	}
-	if err := sc.Err(); err != nil {
-		return nil, fmt.Errorf("mount table: %w", err)
-	}
-	return out, nil
-}
-
-// parseEntry reads "36 35 98:0 /root /mount/point opts - type source opts".
-func parseEntry(line string) (entry, bool) {
-	left, right, ok := strings.Cut(line, " - ")
-	f, g := strings.Fields(left), strings.Fields(right)
-	if !ok || len(f) < 6 || len(g) < 3 {
-		return entry{}, false
-	}
-	major, minor, ok := strings.Cut(f[2], ":")
-	ma, err1 := strconv.ParseUint(major, 10, 32)
-	mi, err2 := strconv.ParseUint(minor, 10, 32)
-	if !ok || err1 != nil || err2 != nil {
-		return entry{}, false
-	}
-	return entry{dev: unix.Mkdev(uint32(ma), uint32(mi)), root: unescape(f[3]), path: unescape(f[4]),
-		readOnly: slices.Contains(strings.Split(f[5], ","), "ro"), fstype: g[0], source: unescape(g[1]),
-		fsReadOnly: slices.Contains(strings.Split(g[2], ","), "ro")}, true
-}
-
-// unescape undoes the kernel's \040 for space, tab, newline and backslash.
-func unescape(s string) string {
-	if !strings.Contains(s, `\`) {
-		return s
-	}
-	var b strings.Builder
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\\' && i+3 < len(s) {
-			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
-				b.WriteByte(byte(n))
-				i += 3
-				continue
-			}
-		}
-		b.WriteByte(s[i])
-	}
-	return b.String()
-}
-
-// topmost is the mount that path shows, and whether there is one.
-func topmost(path string) (e entry, ok bool, err error) {
-	es, err := mountTable()
-	if err != nil {
-		return entry{}, false, err
-	}
-	for _, e := range slices.Backward(es) {
-		if e.path == path {
-			return e, true, nil
-		}
-	}
-	return entry{}, false, nil
-}
 
 // mountDev is the device of the topmost mount at path.
 func mountDev(path string) (uint64, error) {
-	e, ok, err := topmost(path)
+	e, ok, err := mounttable.At(path)
 	if err == nil && !ok {
 		err = fmt.Errorf("nothing is mounted at %s: %w", path, object.ErrNotFound)
 	}
-	return e.dev, err
+	return e.Dev, err
 }
 
 // otherMounts are the places, except path, where the file system dev is mounted.
 func otherMounts(dev uint64, path string) ([]string, error) {
-	es, err := mountTable()
+	es, err := mounttable.Read()
 	if err != nil {
 		return nil, err
 	}
 	var out []string
 	for _, e := range es {
-		if e.dev == dev && e.path != path {
-			out = append(out, e.path)
+		if e.Dev == dev && e.Path != path {
+			out = append(out, e.Path)
 		}
 	}
 	return out, nil
@@ -130,7 +47,7 @@ func otherMounts(dev uint64, path string) ([]string, error) {
 // unmountAll removes every mount stacked at path; none is no error.
 func unmountAll(path string) error {
 	for refused := 0; ; {
-		if _, ok, err := topmost(path); err != nil || !ok {
+		if _, ok, err := mounttable.At(path); err != nil || !ok {
 			return err
 		}
 		err := unix.Unmount(path, unix.UMOUNT_NOFOLLOW)
@@ -150,12 +67,12 @@ func unmountAll(path string) error {
 // died. One that a worker still holds is left to it: it will be given back.
 func clearDead(path, name string) error {
 	for {
-		e, ok, err := topmost(path)
+		e, ok, err := mounttable.At(path)
 		if err != nil || !ok {
 			return err
 		}
-		if e.fstype != FSType || e.source != name {
-			return fmt.Errorf("%s is a mount point of %s %s: %w", path, e.fstype, e.source, brokerwire.ErrExists)
+		if e.FSType != FSType || e.Source != name {
+			return fmt.Errorf("%s is a mount point of %s %s: %w", path, e.FSType, e.Source, brokerwire.ErrExists)
 		}
 		if !dead(path) {
 			return fmt.Errorf("%s is mounted and held by a worker that has not given it back yet: %w", path, object.ErrBusy)
@@ -188,10 +105,10 @@ const aliveAfter = time.Second
 // bindTree shows from[/sub], a file system's root, at target. It is idempotent; something else at target is
 // ErrExists.
 func bindTree(from, sub, target string, readOnly bool, dev uint64) error {
-	if e, ok, err := topmost(target); err != nil {
+	if e, ok, err := mounttable.At(target); err != nil {
 		return err
 	} else if ok {
-		if e.dev != dev || e.root != path.Join("/", sub) || e.readOnly != readOnly {
+		if e.Dev != dev || e.Root != path.Join("/", sub) || e.ReadOnly != readOnly {
 			return fmt.Errorf("%s: %w", target, brokerwire.ErrExists)
 		}
 		return nil
@@ -222,20 +139,20 @@ func RemoveDead(name string) error {
 
 // removeDead removes mounts of a name but those of held devices, and says which.
 func removeDead(name string, held map[uint64]bool) (dead []string, err error) {
-	es, err := mountTable()
+	es, err := mounttable.Read()
 	if err != nil {
 		return nil, err
 	}
 	var errs []error
 	for _, e := range slices.Backward(es) {
-		if e.fstype != FSType || e.source != name || held[e.dev] {
+		if e.FSType != FSType || e.Source != name || held[e.Dev] {
 			continue
 		}
-		if err := unix.Unmount(e.path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && err != unix.EINVAL {
-			errs = append(errs, fmt.Errorf("unmount %s: %w", e.path, err))
+		if err := unix.Unmount(e.Path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && err != unix.EINVAL {
+			errs = append(errs, fmt.Errorf("unmount %s: %w", e.Path, err))
 			continue
 		}
-		dead = append(dead, e.path)
+		dead = append(dead, e.Path)
 	}
 	return dead, errors.Join(errs...)
 }
@@ -244,7 +161,7 @@ const fusectl = "/sys/fs/fuse/connections"
 
 // mountFusectl makes the kernel's control files of FUSE connections available.
 func mountFusectl() error {
-	if _, ok, err := topmost(fusectl); err != nil || ok {
+	if _, ok, err := mounttable.At(fusectl); err != nil || ok {
 		return err
 	}
 	return unix.Mount("fusectl", fusectl, "fusectl", 0, "")
@@ -309,7 +226,7 @@ func setReadAhead(dev uint64, bytes int64) error {
 // setReadOnly changes the file system at path, and with it all mounts of it: nobody but the broker, for
 // a moment, can write there, and everybody is told EROFS, also who had not the permission.
 func setReadOnly(path string, on bool) error {
-	if e, ok, err := topmost(path); err != nil || ok && e.fsReadOnly == on {
+	if e, ok, err := mounttable.At(path); err != nil || ok && e.FSReadOnly == on {
 		return err // to reconfigure drops all that the kernel knows of names
 	}
 	fd, err := unix.Fspick(unix.AT_FDCWD, path, unix.FSPICK_CLOEXEC|unix.FSPICK_SYMLINK_NOFOLLOW|unix.FSPICK_NO_AUTOMOUNT)

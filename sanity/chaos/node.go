@@ -15,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
-	"github.com/larderfs/larder/driver/broker"
 	"github.com/larderfs/larder/sanity/stack"
 )
 
@@ -41,11 +40,11 @@ type larder interface {
 type node struct {
 	larder
 	*stack.Kubelet
-	broker *broker.Client
+	broker *brokerwire.Client
 }
 
 func newNode(l larder, k *stack.Kubelet) *node {
-	return &node{larder: l, Kubelet: k, broker: broker.NewClient(filepath.Join(l.runDir(), "broker.sock"))}
+	return &node{larder: l, Kubelet: k, broker: brokerwire.NewClient(filepath.Join(l.runDir(), "broker.sock"))}
 }
 
 func (n *node) Close() error { return errors.Join(n.broker.Close(), n.larder.Close()) }

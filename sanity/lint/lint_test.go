@@ -149,6 +149,7 @@ var layers = map[string]int{
 	"master":                   2,
 	"cacheworker/policy":       1,
 	"cacheworker/brokerwire":   1,
+	"driver/mounttable":        0,
 	"cacheworker/object":       0,
 }
 
@@ -156,6 +157,7 @@ var layers = map[string]int{
 // the leaves, and the client that other programs import.
 var lean = []string{
 	"cacheworker/object", "cacheworker/brokerwire", "cacheworker/policy", "cacheworker/domainsocket/shortcircuit",
+	"driver/mounttable",
 }
 
 // goPackage is what go list -json says of a package.

@@ -1,4 +1,4 @@
-package broker
+package brokerwire
 
 import (
 	"context"
@@ -6,18 +6,17 @@ import (
 	"os"
 	"sync"
 
-	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/object"
 )
 
 // Client is the node service's end. It connects when it is first used and again after the
 // broker was restarted. Safe for concurrent use. Errors wrap the sentinels of package object
-// and brokerwire.ErrExists.
+// and [ErrExists].
 type Client struct {
 	socket string
 
 	mu   sync.Mutex // guards the fields below; held while connecting
-	peer *brokerwire.Peer
+	peer *Peer
 	done chan struct{} // closed when peer has ended
 }
 
@@ -25,46 +24,46 @@ type Client struct {
 func NewClient(socket string) *Client { return &Client{socket: socket} }
 
 // Mount mounts a volume at path; the same again refreshes its credentials.
-func (c *Client) Mount(ctx context.Context, v brokerwire.Volume, path string) error {
-	_, err := c.call(ctx, brokerwire.Message{Verb: brokerwire.MountVolume, Volume: &v, Path: path})
+func (c *Client) Mount(ctx context.Context, v Volume, path string) error {
+	_, err := c.call(ctx, Message{Verb: MountVolume, Volume: &v, Path: path})
 	return err
 }
 
 // Refresh gives a mounted volume new credentials.
-func (c *Client) Refresh(ctx context.Context, v brokerwire.Volume) error {
-	_, err := c.call(ctx, brokerwire.Message{Verb: brokerwire.RefreshVolume, Volume: &v})
+func (c *Client) Refresh(ctx context.Context, v Volume) error {
+	_, err := c.call(ctx, Message{Verb: RefreshVolume, Volume: &v})
 	return err
 }
 
 // Bind shows a mounted volume ("" all of it, "data" its dataset) at target, which exists.
 func (c *Client) Bind(ctx context.Context, volumeID, sub, target string, readOnly bool) error {
-	_, err := c.call(ctx, brokerwire.Message{Verb: brokerwire.Bind, Mount: volumeID, Sub: sub, Target: target, ReadOnly: readOnly})
+	_, err := c.call(ctx, Message{Verb: Bind, Mount: volumeID, Sub: sub, Target: target, ReadOnly: readOnly})
 	return err
 }
 
 // Unmount removes what is mounted at path; nothing is no error.
 func (c *Client) Unmount(ctx context.Context, path string) error {
-	_, err := c.call(ctx, brokerwire.Message{Verb: brokerwire.Unmount, Path: path})
+	_, err := c.call(ctx, Message{Verb: Unmount, Path: path})
 	return err
 }
 
 // Mounts lists the volumes that the broker holds.
-func (c *Client) Mounts(ctx context.Context) ([]brokerwire.Mount, error) {
-	r, err := c.call(ctx, brokerwire.Message{Verb: brokerwire.Mounts})
+func (c *Client) Mounts(ctx context.Context) ([]Mount, error) {
+	r, err := c.call(ctx, Message{Verb: Mounts})
 	return r.List, err
 }
 
-func (c *Client) call(ctx context.Context, m brokerwire.Message) (brokerwire.Message, error) {
+func (c *Client) call(ctx context.Context, m Message) (Message, error) {
 	p, err := c.connect(ctx)
 	if err != nil {
-		return brokerwire.Message{}, err
+		return Message{}, err
 	}
 	r, files, err := p.Call(ctx, m)
-	brokerwire.CloseFiles(files)
+	CloseFiles(files)
 	return r, err
 }
 
-func (c *Client) connect(ctx context.Context) (*brokerwire.Peer, error) {
+func (c *Client) connect(ctx context.Context) (*Peer, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.peer != nil {
@@ -75,19 +74,19 @@ func (c *Client) connect(ctx context.Context) (*brokerwire.Peer, error) {
 			return c.peer, nil
 		}
 	}
-	conn, err := brokerwire.Dial(ctx, c.socket)
+	conn, err := Dial(ctx, c.socket)
 	if err != nil {
 		return nil, err
 	}
-	p := brokerwire.NewPeer(conn, func(context.Context, brokerwire.Message, []*os.File) (brokerwire.Message, []*os.File, error) {
-		return brokerwire.Message{}, nil, fmt.Errorf("the node service answers no verb: %w", object.ErrInvalid)
+	p := NewPeer(conn, func(context.Context, Message, []*os.File) (Message, []*os.File, error) {
+		return Message{}, nil, fmt.Errorf("the node service answers no verb: %w", object.ErrInvalid)
 	})
 	done := make(chan struct{})
 	go func() { // ends with the connection: Close, or the broker's death
 		defer close(done)
 		p.Run(context.Background())
 	}()
-	if _, _, err := p.Call(ctx, brokerwire.Message{Verb: brokerwire.Hello, Version: brokerwire.Version, Role: brokerwire.RoleNode}); err != nil {
+	if _, _, err := p.Call(ctx, Message{Verb: Hello, Version: Version, Role: RoleNode}); err != nil {
 		p.Close()
 		return nil, err
 	}
