@@ -2,12 +2,19 @@
 SHELL   := bash
 FUZZTIME ?= 10s
 KILLS    ?= 1000
+VERSION  ?= 0.1.0
+IMAGE    ?= localhost/larder:$(VERSION)
 
-.PHONY: build demo chaos test test-race test-one-cpu fuzz sanity bench lint generate check help
+.PHONY: build image demo chaos test test-race test-one-cpu fuzz sanity bench lint generate check help
 .DEFAULT_GOAL := build
 
 build: ## compile build/larder
 	go build -o build/larder ./cmd/larder
+
+# CGO_ENABLED=0 and no path in it: the same source is the same image, wherever it is built.
+image: ## the container image as an OCI archive, build/larder-image.tar, named IMAGE
+	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o build/image/larder ./cmd/larder
+	cd deploy && go run ./image -binary ../build/image/larder -arch $$(go env GOARCH) -version $(VERSION) -name $(IMAGE) -o ../build/larder-image.tar
 
 demo: ## read a dataset in S3 through a CSI volume, five ways, in one table (root)
 	go build -o build/demo ./sanity/demo
