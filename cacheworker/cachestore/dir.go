@@ -79,8 +79,9 @@ func (d dir) names(folder string) ([]string, error) {
 	return f.Readdirnames(-1)
 }
 
-// lock takes the directory for this process, waiting for another one to end.
-func (d dir) lock(ctx context.Context, wait time.Duration) (*os.File, error) {
+// lock takes the directory for this process, waiting for another one to end. ask, unless nil, is
+// called once if there is one.
+func (d dir) lock(ctx context.Context, wait time.Duration, ask func()) (*os.File, error) {
 	f, err := d.open(lockName, unix.O_RDWR|unix.O_CREAT, 0o600)
 	if err != nil {
 		return nil, err
@@ -97,6 +98,11 @@ func (d dir) lock(ctx context.Context, wait time.Duration) (*os.File, error) {
 		if err != unix.EWOULDBLOCK && err != unix.EINTR {
 			f.Close()
 			return nil, fmt.Errorf("lock: %w", err)
+		}
+		if ask != nil {
+			ask()
+			ask = nil
+			continue
 		}
 		select {
 		case <-tick.C:

@@ -65,11 +65,15 @@ func (s *Store) Open(obj object.Object) (*File, error) {
 		}
 	}
 	s.mu.Lock()
-	if s.closed {
+	if s.closed && !s.handed.Load() {
 		s.mu.Unlock()
 		return nil, fmt.Errorf("cache: %w", os.ErrClosed)
 	}
 	e, fresh := s.entries[id], false
+	if e == nil && s.closed {
+		s.mu.Unlock()
+		return nil, fmt.Errorf("%w: the cache is handed over", object.ErrNoSpace)
+	}
 	if e == nil {
 		e, fresh = newEntry(id, newNonce(), obj.Size), true
 		e.store = s.storeID(obj.Store)
@@ -95,7 +99,9 @@ func (s *Store) Open(obj object.Object) (*File, error) {
 	f.file.open.Do(func() { f.file.f, f.file.err = s.openFile(f, fresh) })
 	if err := f.file.err; err != nil {
 		f.Close()
-		s.trouble(err)
+		if !s.handed.Load() {
+			s.trouble(err)
+		}
 		return nil, fmt.Errorf("%w: cache file: %w", object.ErrNoSpace, err)
 	}
 	return f, nil
@@ -103,13 +109,15 @@ func (s *Store) Open(obj object.Object) (*File, error) {
 
 // openFile opens or makes the file of an entry, and takes away the chunks it does not have.
 func (s *Store) openFile(f *File, fresh bool) (*os.File, error) {
+	s.writing.RLock()
+	defer s.writing.RUnlock()
 	name := objectPath(f.e.Key, f.e.nonce)
 	var file *os.File
 	err := fs.ErrNotExist
 	if !fresh {
 		file, err = s.dir.open(name, unix.O_RDWR, 0)
 	}
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) && !s.handed.Load() {
 		file, err = s.dir.open(name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, 0o644)
 	}
 	if err != nil {
@@ -297,6 +305,8 @@ func (f *File) claim(i int) (p *putting, mine bool) {
 }
 
 func (f *File) put(i int, data []byte, p *putting) error {
+	f.s.writing.RLock()
+	defer f.s.writing.RUnlock()
 	room := onDisk(len(data))
 	err := f.putRoom(room, p)
 	if err != nil {
@@ -332,6 +342,8 @@ func (f *File) putRoom(room int64, p *putting) error {
 	switch {
 	case f.Evicted():
 		return fmt.Errorf("%w: evicted", object.ErrNoSpace)
+	case f.s.handed.Load():
+		return fmt.Errorf("%w: the cache is handed over", object.ErrNoSpace)
 	case f.s.index.isBroken():
 		f.s.putErrors.Add(1)
 		return fmt.Errorf("%w: %w", object.ErrNoSpace, errIndex)

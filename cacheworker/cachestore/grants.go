@@ -29,7 +29,7 @@ func (s *Store) Grant(obj object.Object, p object.Principal, at time.Time) {
 	}
 	s.mu.Lock()
 	e := s.entries[obj.ID()]
-	if e == nil || s.closed || !s.setGrant(e, p, at.UnixNano()) {
+	if e == nil || !s.setGrant(e, p, at.UnixNano()) {
 		s.mu.Unlock()
 		return
 	}

@@ -123,6 +123,9 @@ type index struct {
 	stuck  chan struct{} // closed by giveUp: not even closing the database is safe
 	gaveUp sync.Once
 	cause  error // once stuck
+
+	reading sync.RWMutex // held for reading by get
+	closed  bool         // guarded by reading: the database answers no more
 }
 
 var errIndex = errors.New("the index cannot be written")
@@ -200,6 +203,11 @@ func (x *index) checkFormat() error {
 
 // get returns a copy of the value, nil if there is none.
 func (x *index) get(key []byte) ([]byte, error) {
+	x.reading.RLock()
+	defer x.reading.RUnlock()
+	if x.closed {
+		return nil, errIndex
+	}
 	v, c, err := x.db.Get(key)
 	if errors.Is(err, pebble.ErrNotFound) {
 		return nil, nil
@@ -426,6 +434,9 @@ func (x *index) close() error {
 	if x.isStuck() {
 		return errIndex
 	}
+	x.reading.Lock()
+	x.closed = true
+	x.reading.Unlock()
 	err := x.db.Close()
 	if x.isBroken() {
 		err = errors.Join(errIndex, err)

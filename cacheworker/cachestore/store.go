@@ -45,6 +45,7 @@ type Config struct {
 
 	BootID   string        // of the machine; "" reads /proc/sys/kernel/random/boot_id
 	LockWait time.Duration // for another process that has the directory; 0 means 10 s
+	AskOwner func()        // called once if another process has the directory: it may ask that one to hand it over; may be nil
 	GrantTTL time.Duration // 0 means 24 h
 	Log      *slog.Logger  // nil means slog.Default()
 }
@@ -70,6 +71,9 @@ type Store struct {
 	fullLogged atomic.Bool // since the last Put that succeeded
 
 	noLeases sync.Once
+
+	handed  atomic.Bool  // another process has the directory
+	writing sync.RWMutex // held for reading by whoever makes or writes a cache file; taken before evicting
 
 	evicting sync.Mutex // one eviction or probe at a time; held across its file I/O, taken before mu
 
@@ -139,6 +143,7 @@ func Open(cfg Config) (_ *Store, err error) {
 	defer func() {
 		if err != nil {
 			s.closeFiles()
+			s.lock.Close()
 		}
 	}()
 	if err := s.setDefaults(); err != nil {
@@ -152,7 +157,7 @@ func Open(cfg Config) (_ *Store, err error) {
 			return nil, err
 		}
 	}
-	if s.lock, err = s.dir.lock(context.Background(), s.cfg.LockWait); err != nil {
+	if s.lock, err = s.dir.lock(context.Background(), s.cfg.LockWait, cfg.AskOwner); err != nil {
 		return nil, err
 	}
 	if s.fsRoom, err = s.dir.room(); err != nil {
@@ -283,9 +288,26 @@ func (s *Store) Stats() Stats {
 	}
 }
 
+// HandOver writes the index out and lets another process have the directory. What is present can
+// still be opened and read, as long as that one keeps it; nothing is added, verified or evicted
+// any more. Close has to follow.
+func (s *Store) HandOver() error {
+	s.handed.Store(true)
+	return s.giveUp()
+}
+
 // Close writes the index out and gives the directory up. Files still open go on reading
 // until they are closed; their Puts fail.
 func (s *Store) Close() error {
+	err := s.giveUp()
+	s.handed.Store(false)
+	s.lock.Close()
+	s.closeFiles()
+	return err
+}
+
+// giveUp ends all writing and gives the lock up.
+func (s *Store) giveUp() error {
 	s.mu.Lock()
 	if s.closed {
 		s.mu.Unlock()
@@ -295,16 +317,20 @@ func (s *Store) Close() error {
 	s.mu.Unlock()
 	s.quit()
 	<-s.done
+	s.writing.Lock()
+	defer s.writing.Unlock()
 	s.evicting.Lock() // whoever evicts has ended
 	defer s.evicting.Unlock()
 	s.markClean()
 	err := s.index.close()
-	s.closeFiles()
+	if !s.index.isStuck() { // else its database may still write
+		s.lock.Close()
+	}
 	return err
 }
 
 func (s *Store) closeFiles() {
-	files := []*os.File{s.lock, s.view.f, s.dir.f}
+	files := []*os.File{s.view.f, s.dir.f}
 	if s.index == nil || !s.index.isStuck() {
 		files = append(files, s.indexDir.f)
 	}
