@@ -51,6 +51,7 @@ type node struct {
 	stats  Stats
 	log    *slog.Logger
 	ready  func(context.Context) error
+	health *Health // nil: see Config
 	busy   inFlight
 }
 
@@ -63,7 +64,7 @@ func newNode(cfg Config, rules rules, broker Broker, stats Stats) (*node, error)
 	if err != nil {
 		return nil, fmt.Errorf("csi node: run directory: %w", err)
 	}
-	return &node{id: cfg.NodeID, inline: inline, rules: rules, broker: broker, stats: stats, log: cfg.Log, ready: cfg.Ready}, nil
+	return &node{id: cfg.NodeID, inline: inline, rules: rules, broker: broker, stats: stats, log: cfg.Log, ready: cfg.Ready, health: cfg.Health}, nil
 }
 
 func (n *node) NodeGetInfo(context.Context, *csi.NodeGetInfoRequest) (*csi.NodeGetInfoResponse, error) {

@@ -43,6 +43,8 @@ type Config struct {
 	FileRoot        string   // file:// sources must be below it; "" allows none
 	InlineEndpoints []string // endpoints that inline volumes may name
 
+	// Health knows which pods must be started again; nil: nobody does. Run by whoever made it.
+	Health *Health
 	// Ready returns nil if a volume can be published now, else why not.
 	Ready func(context.Context) error
 	// CallTimeout bounds a call whose caller set no deadline; 0 means 2 minutes.

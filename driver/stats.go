@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
@@ -95,13 +96,23 @@ func (n *node) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVolumeHe
 	if err != nil {
 		return nil, err
 	}
+	broken, err := n.health.Broken(ctx, id)
+	if err != nil {
+		return nil, err
+	}
 	m, ok := v.volume(id)
-	if !ok {
+	if !ok && len(broken) == 0 {
 		return nil, fmt.Errorf("volume %s is not on this node: %w", quote(id), errUnknown)
 	}
 	h := &csi.VolumeHealth{VolumeId: id}
 	ill := func(status csi.VolumeHealthErrorType, reason, message string) {
 		h.HealthStatuses = append(h.HealthStatuses, &csi.VolumeHealth_VolumeHealthEntry{Status: status, Reason: reason, Message: message})
+	}
+	if len(broken) > 0 {
+		ill(csi.VolumeHealthErrorType_INACCESSIBLE, "MountLost", "the mount was lost; must be started again: "+list(broken))
+	}
+	if !ok {
+		return &csi.NodeGetVolumeHealthResponse{VolumeHealth: h}, nil
 	}
 	s, err := n.stats.VolumeStats(ctx, id)
 	switch {
@@ -113,6 +124,14 @@ func (n *node) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVolumeHe
 		ill(csi.VolumeHealthErrorType_DEGRADED, "SourceFailing", s.Condition)
 	}
 	return &csi.NodeGetVolumeHealthResponse{VolumeHealth: h}, nil
+}
+
+func list(pods []Pod) string {
+	var names []string
+	for _, p := range pods {
+		names = append(names, p.String())
+	}
+	return strings.Join(names, ", ")
 }
 
 // NodeGetStorageHealth tells of the cache of this node, on which every volume of it depends.

@@ -19,8 +19,10 @@ type view struct {
 	table mounttable.Table
 }
 
-func (n *node) look(ctx context.Context) (v view, err error) {
-	if v.held, err = n.broker.Mounts(ctx); err != nil {
+func (n *node) look(ctx context.Context) (view, error) { return look(ctx, n.broker) }
+
+func look(ctx context.Context, broker Broker) (v view, err error) {
+	if v.held, err = broker.Mounts(ctx); err != nil {
 		return v, fmt.Errorf("ask the broker for its mounts: %w", err)
 	}
 	v.table, err = mounttable.Read()

@@ -43,6 +43,9 @@ type Config struct {
 	// UnmountAtExit removes every mount when Run returns; otherwise the worker keeps them.
 	UnmountAtExit bool
 
+	// Lost is told where mounts were that are given up or found dead, and why; it must not wait. May be nil.
+	Lost func(paths []string, why string)
+
 	Log *slog.Logger
 }
 

@@ -364,12 +364,27 @@ func (b *Broker) expire(m *mount) {
 	if served {
 		return
 	}
-	b.cfg.Log.Error("no worker returned in time: the mount is given up, its pods must be restarted",
-		"volume", m.id, "path", m.path, "deadline", b.cfg.TakeoverDeadline)
+	b.giveUp(m, fmt.Sprintf("no cache worker returned within %v, so its mount was given up", b.cfg.TakeoverDeadline))
+}
+
+// giveUp aborts a mount's connection: what waits fails.
+func (b *Broker) giveUp(m *mount, why string) {
+	b.cfg.Log.Error("a mount is given up, its pods must be restarted", "volume", m.id, "path", m.path, "why", why)
+	paths, err := otherMounts(m.dev, "")
+	if err != nil {
+		b.cfg.Log.Error("where a mount is published", "volume", m.id, "err", err)
+	}
 	if err := abort(m.dev); err != nil { // else the connection ends with its last descriptor, which should be ours
 		b.cfg.Log.Warn("abort connection", "path", m.path, "err", err)
 	}
 	b.release(context.Background(), m)
+	b.lost(paths, why)
+}
+
+func (b *Broker) lost(paths []string, why string) {
+	if b.cfg.Lost != nil && len(paths) > 0 {
+		b.cfg.Lost(paths, why)
+	}
 }
 
 // watchLost ends a mount whose kernel cannot deliver requests again and that lost some with its
@@ -388,12 +403,7 @@ func (b *Broker) watchLost(m *mount) {
 			return
 		}
 	}
-	b.cfg.Log.Error("requests were lost with a worker, on a kernel without FUSE_NOTIFY_RESEND: the mount is given up, its pods must be restarted",
-		"volume", m.id, "path", m.path)
-	if err := abort(m.dev); err != nil {
-		b.cfg.Log.Error("abort connection", "path", m.path, "err", err)
-	}
-	b.release(context.Background(), m)
+	b.giveUp(m, "requests were lost with a cache worker, on a kernel without FUSE_NOTIFY_RESEND, so its mount was given up")
 }
 
 const lostSample = 100 * time.Millisecond
@@ -419,6 +429,7 @@ func (b *Broker) reconcile() error {
 	for _, path := range dead {
 		b.cfg.Log.Error("removed a dead mount: worker and broker had both died; pods that used it must be restarted", "path", path)
 	}
+	b.lost(dead, "its cache worker and the node plugin had both died")
 	return err
 }
 
