@@ -29,9 +29,10 @@ type Config struct {
 	MetricsListen string               // HTTP /metrics and /healthz, in the same forms; "" for none
 	Metrics       *prometheus.Registry // where metrics are registered, without Go's and the process's; nil for an own one
 
-	WorkerLease time.Duration // how long a worker is believed alive without a heartbeat; whole seconds; 0 means 30s
-	Version     string        // of the binary, for status
-	Log         *slog.Logger  // nil means none
+	WorkerLease  time.Duration // how long a worker is believed alive without a heartbeat; whole seconds; 0 means 30s
+	WorkerForget time.Duration // how long one without a heartbeat is remembered; whole seconds; 0 means 1h, or the lease if that is longer
+	Version      string        // of the binary, for status
+	Log          *slog.Logger  // nil means none
 }
 
 // Validate names all mistakes at once.
@@ -58,6 +59,8 @@ func (c Config) Validate() error {
 		}
 	}
 	bad(c.WorkerLease != 0 && (c.WorkerLease < time.Second || c.WorkerLease%time.Second != 0), "worker lease %v: want whole seconds", c.WorkerLease)
+	bad(c.WorkerForget != 0 && (c.WorkerForget < c.WorkerLease || c.WorkerForget%time.Second != 0),
+		"worker forget %v: want whole seconds, no fewer than the lease's", c.WorkerForget)
 	return errors.Join(errs...)
 }
 
@@ -85,6 +88,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.WorkerLease == 0 {
 		c.WorkerLease = 30 * time.Second
+	}
+	if c.WorkerForget == 0 {
+		c.WorkerForget = max(time.Hour, c.WorkerLease)
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)

@@ -177,18 +177,8 @@ func TestWhatWasAcknowledgedSurvivesSIGKILL(t *testing.T) {
 }
 
 func TestAMasterWithAnExternalEtcdWaitsForItAndSharesIt(t *testing.T) {
-	cfg := embed.NewConfig()
-	cfg.Dir = t.TempDir()
-	cfg.Name = "external"
-	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
-	cfg.ListenPeerUrls = nil
-	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
-	cfg.TickMs, cfg.ElectionMs = 20, 100
-	free := freePort(t)
-	cfg.ListenClientUrls[0].Host = free
-	cfg.AdvertiseClientUrls[0].Host = free
-
-	a := start(t, master.Config{EtcdEndpoints: []string{"http://" + free}, EtcdPrefix: "team/larder/"})
+	cfg, endpoint := externalEtcd(t)
+	a := start(t, master.Config{EtcdEndpoints: []string{endpoint}, EtcdPrefix: "team/larder/"})
 	short, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()
 	if _, err := a.Client.Status(short); !errors.Is(err, client.ErrUnavailable) {
@@ -203,7 +193,7 @@ func TestAMasterWithAnExternalEtcdWaitsForItAndSharesIt(t *testing.T) {
 		_, err := a.Client.Status(t.Context())
 		return err == nil
 	})
-	b := start(t, master.Config{EtcdEndpoints: []string{"http://" + free}, EtcdPrefix: "team/larder/"})
+	b := start(t, master.Config{EtcdEndpoints: []string{endpoint}, EtcdPrefix: "team/larder/"})
 	register(t, a.Client, worker("n1", 100))
 
 	var wg sync.WaitGroup
@@ -224,6 +214,22 @@ func TestAMasterWithAnExternalEtcdWaitsForItAndSharesIt(t *testing.T) {
 	if s, err := b.Client.Status(t.Context()); err != nil || s.Embedded || s.Workers != 1 || s.Volumes != 10 || s.StoreBytes == 0 {
 		t.Errorf("status %+v, %v", s, err)
 	}
+}
+
+// externalEtcd is one that is not started yet.
+func externalEtcd(t *testing.T) (cfg *embed.Config, endpoint string) {
+	t.Helper()
+	cfg = embed.NewConfig()
+	cfg.Dir = t.TempDir()
+	cfg.Name = "external"
+	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
+	cfg.ListenPeerUrls = nil
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
+	cfg.TickMs, cfg.ElectionMs = 20, 100
+	free := freePort(t)
+	cfg.ListenClientUrls[0].Host = free
+	cfg.AdvertiseClientUrls[0].Host = free
+	return cfg, "http://" + free
 }
 
 func TestADamagedStoreIsAnErrorNotAnExit(t *testing.T) {

@@ -2,7 +2,7 @@
 //
 // What it acknowledged survives its SIGKILL. It is never on the path of a read, and it can
 // be lost: a master started empty gets workers and published volumes back from the workers'
-// next heartbeats. Nothing in its store, its log or its messages is a secret.
+// next heartbeats. Nothing in its store, its log or its messages is a user's secret.
 package master
 
 import (
@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/keepalive"
 
+	"github.com/larderfs/larder/master/inventory"
 	"github.com/larderfs/larder/master/masterpb"
 	"github.com/larderfs/larder/master/registry"
 )
@@ -85,7 +86,7 @@ func (m *Master) run(ctx context.Context) (err error) {
 		return fmt.Errorf("open store: %w", err)
 	}
 	defer func() { err = errors.Join(err, st.Close()) }()
-	reg := registry.New(registry.Config{Etcd: st.client, Prefix: m.cfg.EtcdPrefix, Lease: m.cfg.WorkerLease, Log: m.cfg.Log})
+	reg := registry.New(registry.Config{Etcd: st.client, Prefix: m.cfg.EtcdPrefix, Lease: m.cfg.WorkerLease, Forget: m.cfg.WorkerForget, Log: m.cfg.Log})
 
 	calls := newCallMetrics()
 	state := stateCollector{reg}
@@ -119,7 +120,9 @@ func (m *Master) serveGRPC(ctx context.Context, l net.Listener, reg *registry.Re
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.WaitForHandlers(true),
 	)
-	masterpb.RegisterMasterServer(s, &server{reg: reg, master: m})
+	asker := inventory.NewAsker()
+	defer asker.Close()
+	masterpb.RegisterMasterServer(s, &server{reg: reg, asker: asker, master: m})
 	failed := make(chan error, 1)
 	go func() { failed <- s.Serve(l) }()
 	select {

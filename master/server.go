@@ -1,15 +1,19 @@
 package master
 
 import (
+	"cmp"
 	"context"
 	"os"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/larderfs/larder/master/inventory"
 	"github.com/larderfs/larder/master/masterpb"
+	"github.com/larderfs/larder/master/record"
 	"github.com/larderfs/larder/master/registry"
 )
 
@@ -17,6 +21,7 @@ import (
 type server struct {
 	masterpb.UnimplementedMasterServer
 	reg    *registry.Registry
+	asker  *inventory.Asker
 	master *Master
 }
 
@@ -39,7 +44,9 @@ func (m *Master) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 func millis(d time.Duration) int64 { return d.Milliseconds() }
 
 func (s *server) RegisterWorker(ctx context.Context, req *masterpb.RegisterWorkerRequest) (*masterpb.RegisterWorkerResponse, error) {
-	lease, err := s.reg.Register(ctx, req.GetWorker().Registration())
+	reg := req.GetWorker().Registration()
+	reg.Key = req.GetKey()
+	lease, err := s.reg.Register(ctx, reg)
 	return &masterpb.RegisterWorkerResponse{LeaseMillis: millis(lease)}, err
 }
 
@@ -48,13 +55,50 @@ func (s *server) Heartbeat(ctx context.Context, req *masterpb.HeartbeatRequest) 
 	return &masterpb.HeartbeatResponse{Unknown: !known, LeaseMillis: millis(lease)}, err
 }
 
-func (s *server) ListWorkers(ctx context.Context, _ *masterpb.ListWorkersRequest) (*masterpb.ListWorkersResponse, error) {
-	ws, err := s.reg.Workers(ctx)
+func (s *server) ListWorkers(ctx context.Context, req *masterpb.ListWorkersRequest) (*masterpb.ListWorkersResponse, error) {
+	ws, err := s.workers(ctx, req.GetGone())
+	if err != nil {
+		return nil, err
+	}
+	if req.GetLive() {
+		s.asker.Counters(ctx, ws)
+	}
 	resp := &masterpb.ListWorkersResponse{}
 	for _, w := range ws {
 		resp.Workers = append(resp.Workers, masterpb.FromWorker(w))
 	}
-	return resp, err
+	return resp, nil
+}
+
+// workers are by node, with those that are gone if asked for.
+func (s *server) workers(ctx context.Context, gone bool) ([]record.Worker, error) {
+	ws, err := s.reg.Workers(ctx)
+	if err != nil || !gone {
+		return ws, err
+	}
+	more, err := s.reg.Gone(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ws = append(ws, more...)
+	slices.SortStableFunc(ws, func(a, b record.Worker) int { return cmp.Compare(a.Node, b.Node) })
+	return ws, nil
+}
+
+func (s *server) Locate(ctx context.Context, req *masterpb.LocateRequest) (*masterpb.LocateResponse, error) {
+	at, err := record.ParseLocation(req.GetUri(), req.GetEndpoint())
+	if err != nil {
+		return nil, err
+	}
+	ws, err := s.workers(ctx, true)
+	if err != nil {
+		return nil, err
+	}
+	resp := &masterpb.LocateResponse{}
+	for _, l := range s.asker.Held(ctx, ws, at) {
+		resp.Workers = append(resp.Workers, masterpb.FromLocated(l))
+	}
+	return resp, nil
 }
 
 func (s *server) CreateVolume(ctx context.Context, req *masterpb.CreateVolumeRequest) (*masterpb.Volume, error) {

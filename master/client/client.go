@@ -1,17 +1,21 @@
 // Package client talks to the master.
 //
 // Messages stop here: callers see the types and errors of package record. Each call either
-// answers or fails within the timeout; a client never gives up reconnecting.
+// answers or fails within the timeout; a client never gives up reconnecting. Of several masters
+// it asks one, and the next when that one does not answer.
 package client
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -30,10 +34,12 @@ type (
 	VolumeSpec   = record.VolumeSpec
 	Registration = record.Registration
 	Published    = record.Published
+	Pod          = record.Pod
 	Beat         = record.Beat
 	Stats        = record.Stats
 	Holding      = record.Holding
 	Worker       = record.Worker
+	Located      = record.Located
 	Capacity     = record.Capacity
 	Mount        = record.Mount
 	Status       = record.Status
@@ -54,25 +60,46 @@ func ValidID(id string) bool { return record.ValidID(id) }
 
 // Config says where the master is.
 type Config struct {
-	Target  string        // "unix:///path" or "host:port"
+	Target  string        // "unix:///path" or "host:port"; of several masters all, with commas between
 	Timeout time.Duration // of a call whose context has no deadline; 0 means 10s
 	Log     *slog.Logger  // nil means none
 }
 
 // Client is safe for concurrent use.
 type Client struct {
-	conn    *grpc.ClientConn
-	rpc     masterpb.MasterClient
+	conns   []*grpc.ClientConn
+	masters []masterpb.MasterClient // of conns
+	current atomic.Int64            // the one that answered last
 	timeout time.Duration
 	log     *slog.Logger
 }
 
 // New makes a client without connecting.
 func New(cfg Config) (*Client, error) {
-	if cfg.Target == "" {
-		return nil, fmt.Errorf("%w: the master's address is empty", ErrInvalid)
+	c := &Client{timeout: cfg.Timeout, log: cfg.Log}
+	if c.timeout == 0 {
+		c.timeout = 10 * time.Second
 	}
-	conn, err := grpc.NewClient("passthrough:///"+cfg.Target,
+	if c.log == nil {
+		c.log = slog.New(slog.DiscardHandler)
+	}
+	targets := strings.Split(cfg.Target, ",")
+	for _, target := range targets {
+		if strings.TrimSpace(target) != target || target == "" {
+			return nil, errors.Join(fmt.Errorf("%w: master %q: want unix:///path or host:port, or several with commas between", ErrInvalid, cfg.Target), c.Close())
+		}
+		conn, err := connect(target)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("master at %s: %w", target, err), c.Close())
+		}
+		c.conns, c.masters = append(c.conns, conn), append(c.masters, masterpb.NewMasterClient(conn))
+	}
+	c.current.Store(rand.Int64N(int64(len(targets)))) // so that not all ask the same one
+	return c, nil
+}
+
+func connect(target string) (*grpc.ClientConn, error) {
+	return grpc.NewClient("passthrough:///"+target,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(dial),
 		grpc.WithAuthority("master"),
@@ -81,22 +108,21 @@ func New(cfg Config) (*Client, error) {
 			MinConnectTimeout: 2 * time.Second,
 		}),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)),
 	)
-	if err != nil {
-		return nil, fmt.Errorf("master at %s: %w", cfg.Target, err)
-	}
-	c := &Client{conn: conn, rpc: masterpb.NewMasterClient(conn), timeout: cfg.Timeout, log: cfg.Log}
-	if c.timeout == 0 {
-		c.timeout = 10 * time.Second
-	}
-	if c.log == nil {
-		c.log = slog.New(slog.DiscardHandler)
-	}
-	return c, nil
 }
 
+// maxAnswer has room for the pods of thousands of nodes.
+const maxAnswer = 64 << 20
+
 // Close ends the calls in flight.
-func (c *Client) Close() error { return c.conn.Close() }
+func (c *Client) Close() error {
+	var errs []error
+	for _, conn := range c.conns {
+		errs = append(errs, conn.Close())
+	}
+	return errors.Join(errs...)
+}
 
 // dial reaches sockets whose path is longer than sun_path through a descriptor of their folder.
 func dial(ctx context.Context, target string) (net.Conn, error) {
@@ -113,40 +139,61 @@ func dial(ctx context.Context, target string) (net.Conn, error) {
 	return d.DialContext(ctx, "unix", "/proc/self/fd/"+strconv.Itoa(fd)+"/"+filepath.Base(path))
 }
 
-// do calls one method and translates what it answers.
-func do[Req, Resp any](ctx context.Context, c *Client, call func(context.Context, Req, ...grpc.CallOption) (Resp, error), req Req) (Resp, error) {
+// method is one of the master's.
+type method[Req, Resp any] func(m masterpb.MasterClient, ctx context.Context, req Req, opts ...grpc.CallOption) (Resp, error)
+
+// do calls one method and translates what it answers. A master that does not answer, or has no
+// store to ask, is followed by the next: all calls may be repeated.
+func do[Req, Resp any](ctx context.Context, c *Client, call method[Req, Resp], req Req) (resp Resp, err error) {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, c.timeout)
 		defer cancel()
 	}
-	resp, err := call(ctx, req)
+	for left := len(c.masters); ; left-- {
+		i := c.current.Load()
+		resp, err = try(ctx, left, call, c.masters[i], req)
+		if left == 1 || ctx.Err() != nil || !errors.Is(err, ErrUnavailable) {
+			return resp, err
+		}
+		c.current.CompareAndSwap(i, (i+1)%int64(len(c.masters)))
+	}
+}
+
+// try leaves time for the others that are left.
+func try[Req, Resp any](ctx context.Context, left int, call method[Req, Resp], m masterpb.MasterClient, req Req) (Resp, error) {
+	if end, ok := ctx.Deadline(); ok && left > 1 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, time.Until(end)/time.Duration(left))
+		defer cancel()
+	}
+	resp, err := call(m, ctx, req)
 	return resp, masterpb.FromStatus(err)
 }
 
 // CreateVolume makes the volume, or returns the one of that name if it matches, else ErrExists.
 // ErrExhausted if no node has room, ErrUnavailable if none of the nodes has a worker.
 func (c *Client) CreateVolume(ctx context.Context, spec VolumeSpec) (Volume, error) {
-	v, err := do(ctx, c, c.rpc.CreateVolume, masterpb.FromSpec(spec))
+	v, err := do(ctx, c, masterpb.MasterClient.CreateVolume, masterpb.FromSpec(spec))
 	return v.Record(), err
 }
 
 // DeleteVolume is idempotent.
 func (c *Client) DeleteVolume(ctx context.Context, id string) error {
-	_, err := do(ctx, c, c.rpc.DeleteVolume, &masterpb.DeleteVolumeRequest{Id: id})
+	_, err := do(ctx, c, masterpb.MasterClient.DeleteVolume, &masterpb.DeleteVolumeRequest{Id: id})
 	return err
 }
 
 // Volume returns one volume, or ErrNotFound.
 func (c *Client) Volume(ctx context.Context, id string) (Volume, error) {
-	v, err := do(ctx, c, c.rpc.GetVolume, &masterpb.GetVolumeRequest{Id: id})
+	v, err := do(ctx, c, masterpb.MasterClient.GetVolume, &masterpb.GetVolumeRequest{Id: id})
 	return v.Record(), err
 }
 
 // Volumes returns one page by id: at most max volumes (0 for as many as fit), and the token
 // of the next page, "" if this was the last. ErrBadToken if the token is none of ours.
 func (c *Client) Volumes(ctx context.Context, max int, token string) (vs []Volume, next string, err error) {
-	resp, err := do(ctx, c, c.rpc.ListVolumes, &masterpb.ListVolumesRequest{MaxEntries: int32(min(max, 1<<20)), PageToken: token})
+	resp, err := do(ctx, c, masterpb.MasterClient.ListVolumes, &masterpb.ListVolumesRequest{MaxEntries: int32(min(max, 1<<20)), PageToken: token})
 	for _, v := range resp.GetVolumes() {
 		vs = append(vs, v.Record())
 	}
@@ -155,28 +202,49 @@ func (c *Client) Volumes(ctx context.Context, max int, token string) (vs []Volum
 
 // Capacity returns that of a node, ErrNotFound if it has no worker; or for "" that of all.
 func (c *Client) Capacity(ctx context.Context, node string) (Capacity, error) {
-	resp, err := do(ctx, c, c.rpc.GetCapacity, &masterpb.GetCapacityRequest{Node: node})
+	resp, err := do(ctx, c, masterpb.MasterClient.GetCapacity, &masterpb.GetCapacityRequest{Node: node})
 	return resp.Record(), err
 }
 
 // Workers returns the workers whose lease holds, by node.
-func (c *Client) Workers(ctx context.Context) (ws []Worker, err error) {
-	resp, err := do(ctx, c, c.rpc.ListWorkers, &masterpb.ListWorkersRequest{})
+func (c *Client) Workers(ctx context.Context) ([]Worker, error) {
+	return c.workers(ctx, &masterpb.ListWorkersRequest{})
+}
+
+// AllWorkers are those whose lease holds and those that are gone and not forgotten, by node.
+// Live ones are asked for their counters of now, if live is set, and not told as of their last
+// heartbeat: see Worker.Unanswered.
+func (c *Client) AllWorkers(ctx context.Context, live bool) ([]Worker, error) {
+	return c.workers(ctx, &masterpb.ListWorkersRequest{Gone: true, Live: live})
+}
+
+func (c *Client) workers(ctx context.Context, req *masterpb.ListWorkersRequest) (ws []Worker, err error) {
+	resp, err := do(ctx, c, masterpb.MasterClient.ListWorkers, req)
 	for _, w := range resp.GetWorkers() {
 		ws = append(ws, w.Record())
 	}
 	return ws, err
 }
 
+// Locate asks all workers what they have cached of an under-store URI (s3://bucket/key,
+// file:///path), on the S3 store at endpoint, or on all if that is "".
+func (c *Client) Locate(ctx context.Context, uri, endpoint string) (ls []Located, err error) {
+	resp, err := do(ctx, c, masterpb.MasterClient.Locate, &masterpb.LocateRequest{Uri: uri, Endpoint: endpoint})
+	for _, l := range resp.GetWorkers() {
+		ls = append(ls, l.Record())
+	}
+	return ls, err
+}
+
 // PutMount makes or replaces the mount at its path.
 func (c *Client) PutMount(ctx context.Context, m Mount) error {
-	_, err := do(ctx, c, c.rpc.PutMount, masterpb.FromMount(m))
+	_, err := do(ctx, c, masterpb.MasterClient.PutMount, masterpb.FromMount(m))
 	return err
 }
 
 // Mounts returns all mounts by path.
 func (c *Client) Mounts(ctx context.Context) (ms []Mount, err error) {
-	resp, err := do(ctx, c, c.rpc.ListMounts, &masterpb.ListMountsRequest{})
+	resp, err := do(ctx, c, masterpb.MasterClient.ListMounts, &masterpb.ListMountsRequest{})
 	for _, m := range resp.GetMounts() {
 		ms = append(ms, m.Record())
 	}
@@ -185,12 +253,12 @@ func (c *Client) Mounts(ctx context.Context) (ms []Mount, err error) {
 
 // DeleteMount is idempotent.
 func (c *Client) DeleteMount(ctx context.Context, path string) error {
-	_, err := do(ctx, c, c.rpc.DeleteMount, &masterpb.DeleteMountRequest{Path: path})
+	_, err := do(ctx, c, masterpb.MasterClient.DeleteMount, &masterpb.DeleteMountRequest{Path: path})
 	return err
 }
 
 // Status returns the master's own.
 func (c *Client) Status(ctx context.Context) (Status, error) {
-	resp, err := do(ctx, c, c.rpc.Status, &masterpb.StatusRequest{})
+	resp, err := do(ctx, c, masterpb.MasterClient.Status, &masterpb.StatusRequest{})
 	return resp.Record(), err
 }

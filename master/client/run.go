@@ -77,14 +77,14 @@ func sleep(ctx context.Context, d time.Duration) bool {
 func (c *Client) tell(ctx context.Context, r Report, told **Registration) (lease time.Duration, err error) {
 	if *told != nil && reflect.DeepEqual(**told, r.Registration) {
 		stats, holdings := masterpb.FromBeat(r.Beat)
-		resp, err := do(ctx, c, c.rpc.Heartbeat, &masterpb.HeartbeatRequest{Uuid: r.UUID, Node: r.Node, Stats: stats, Holdings: holdings})
+		resp, err := do(ctx, c, masterpb.MasterClient.Heartbeat, &masterpb.HeartbeatRequest{Uuid: r.UUID, Node: r.Node, Stats: stats, Holdings: holdings})
 		if err != nil || !resp.GetUnknown() {
 			return time.Duration(resp.GetLeaseMillis()) * time.Millisecond, err
 		}
 		c.log.Info("master has forgotten this worker", "node", r.Node)
 	}
 	*told = nil
-	resp, err := do(ctx, c, c.rpc.RegisterWorker, &masterpb.RegisterWorkerRequest{Worker: masterpb.FromRegistration(r.Registration)})
+	resp, err := do(ctx, c, masterpb.MasterClient.RegisterWorker, &masterpb.RegisterWorkerRequest{Worker: masterpb.FromRegistration(r.Registration), Key: r.Key})
 	if err == nil {
 		*told = &r.Registration
 	}

@@ -99,11 +99,15 @@ func (x *CreateVolumeRequest) Spec() record.VolumeSpec {
 	}
 }
 
-// FromRegistration leaves the fields of Worker empty that the master sets.
+// FromRegistration leaves the fields of Worker empty that the master sets. The key is not in it.
 func FromRegistration(r record.Registration) *Worker {
 	w := &Worker{Uuid: r.UUID, Node: r.Node, Version: r.Version, CapacityBytes: r.CapacityBytes, Addresses: r.Addresses}
 	for _, p := range r.Volumes {
-		w.Volumes = append(w.Volumes, &PublishedVolume{Volume: FromVolume(p.Volume), Inline: p.Inline})
+		x := &PublishedVolume{Volume: FromVolume(p.Volume), Inline: p.Inline}
+		for _, pod := range p.Pods {
+			x.Pods = append(x.Pods, &Pod{Namespace: pod.Namespace, Name: pod.Name, Uid: pod.UID})
+		}
+		w.Volumes = append(w.Volumes, x)
 	}
 	return w
 }
@@ -114,7 +118,11 @@ func (x *Worker) Registration() record.Registration {
 		UUID: x.GetUuid(), Node: x.GetNode(), Version: x.GetVersion(), CapacityBytes: x.GetCapacityBytes(), Addresses: x.GetAddresses(),
 	}
 	for _, p := range x.GetVolumes() {
-		r.Volumes = append(r.Volumes, record.Published{Volume: p.GetVolume().Record(), Inline: p.GetInline()})
+		v := record.Published{Volume: p.GetVolume().Record(), Inline: p.GetInline()}
+		for _, pod := range p.GetPods() {
+			v.Pods = append(v.Pods, record.Pod{Namespace: pod.GetNamespace(), Name: pod.GetName(), UID: pod.GetUid()})
+		}
+		r.Volumes = append(r.Volumes, v)
 	}
 	return r
 }
@@ -124,6 +132,7 @@ func FromWorker(w record.Worker) *Worker {
 	x := FromRegistration(w.Registration)
 	x.Registered, x.Seen, x.ReservedBytes = fromTime(w.Registered), fromTime(w.Seen), w.ReservedBytes
 	x.Stats, x.Holdings = FromBeat(w.Beat)
+	x.Gone, x.Unanswered = w.Gone, w.Unanswered
 	return x
 }
 
@@ -132,30 +141,62 @@ func (x *Worker) Record() record.Worker {
 	return record.Worker{
 		Registration: x.Registration(), Beat: ToBeat(x.GetStats(), x.GetHoldings()),
 		Registered: toTime(x.GetRegistered()), Seen: toTime(x.GetSeen()), ReservedBytes: x.GetReservedBytes(),
+		Gone: x.GetGone(), Unanswered: x.GetUnanswered(),
 	}
 }
 
 // FromBeat makes the two messages that a beat is on the wire.
 func FromBeat(b record.Beat) (*WorkerStats, []*Holding) {
-	s := &WorkerStats{
-		CachedBytes: b.Stats.CachedBytes, Objects: b.Stats.Objects, CompleteObjects: b.Stats.CompleteObjects,
-		ReadRequests: b.Stats.ReadRequests, ReadBytes: b.Stats.ReadBytes, FetchedBytes: b.Stats.FetchedBytes,
-		HitChunks: b.Stats.HitChunks, MissChunks: b.Stats.MissChunks, EvictedBytes: b.Stats.EvictedBytes,
-	}
 	var hs []*Holding
 	for _, h := range b.Holdings {
 		hs = append(hs, &Holding{VolumeId: h.VolumeID, CachedBytes: h.CachedBytes, Objects: h.Objects})
 	}
-	return s, hs
+	return FromStats(b.Stats), hs
+}
+
+// FromStats makes the message.
+func FromStats(s record.Stats) *WorkerStats {
+	return &WorkerStats{
+		CachedBytes: s.CachedBytes, Objects: s.Objects, CompleteObjects: s.CompleteObjects,
+		ReadRequests: s.ReadRequests, ReadBytes: s.ReadBytes, FetchedBytes: s.FetchedBytes,
+		HitChunks: s.HitChunks, MissChunks: s.MissChunks, EvictedBytes: s.EvictedBytes,
+		Mounts: s.Mounts, Started: fromTime(s.Started),
+	}
+}
+
+// Record is the inverse of FromStats; a nil message is the zero value.
+func (x *WorkerStats) Record() record.Stats {
+	return record.Stats{
+		CachedBytes: x.GetCachedBytes(), Objects: x.GetObjects(), CompleteObjects: x.GetCompleteObjects(),
+		ReadRequests: x.GetReadRequests(), ReadBytes: x.GetReadBytes(), FetchedBytes: x.GetFetchedBytes(),
+		HitChunks: x.GetHitChunks(), MissChunks: x.GetMissChunks(), EvictedBytes: x.GetEvictedBytes(),
+		Mounts: x.GetMounts(), Started: toTime(x.GetStarted()),
+	}
+}
+
+// FromHeld makes the message of what the worker with that UUID holds.
+func FromHeld(uuid string, h record.Held) *HeldResponse {
+	return &HeldResponse{Uuid: uuid, CachedBytes: h.CachedBytes, Objects: h.Objects, CompleteObjects: h.CompleteObjects, Stores: h.Stores}
+}
+
+// Record is the inverse of FromHeld.
+func (x *HeldResponse) Record() record.Held {
+	return record.Held{CachedBytes: x.GetCachedBytes(), Objects: x.GetObjects(), CompleteObjects: x.GetCompleteObjects(), Stores: x.GetStores()}
+}
+
+// FromLocated makes the message.
+func FromLocated(l record.Located) *Located {
+	return &Located{Node: l.Node, Uuid: l.UUID, Addresses: l.Addresses, Held: FromHeld(l.UUID, l.Held), Unanswered: l.Unanswered}
+}
+
+// Record is the inverse of FromLocated.
+func (x *Located) Record() record.Located {
+	return record.Located{Node: x.GetNode(), UUID: x.GetUuid(), Addresses: x.GetAddresses(), Held: x.GetHeld().Record(), Unanswered: x.GetUnanswered()}
 }
 
 // ToBeat is the inverse of FromBeat.
 func ToBeat(s *WorkerStats, hs []*Holding) record.Beat {
-	b := record.Beat{Stats: record.Stats{
-		CachedBytes: s.GetCachedBytes(), Objects: s.GetObjects(), CompleteObjects: s.GetCompleteObjects(),
-		ReadRequests: s.GetReadRequests(), ReadBytes: s.GetReadBytes(), FetchedBytes: s.GetFetchedBytes(),
-		HitChunks: s.GetHitChunks(), MissChunks: s.GetMissChunks(), EvictedBytes: s.GetEvictedBytes(),
-	}}
+	b := record.Beat{Stats: s.Record()}
 	for _, h := range hs {
 		b.Holdings = append(b.Holdings, record.Holding{VolumeID: h.GetVolumeId(), CachedBytes: h.GetCachedBytes(), Objects: h.GetObjects()})
 	}

@@ -31,7 +31,7 @@ type Worker struct {
 	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"` // name of its node; one worker per node
 	Version       string                 `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`
 	CapacityBytes int64                  `protobuf:"varint,4,opt,name=capacity_bytes,json=capacityBytes,proto3" json:"capacity_bytes,omitempty"`
-	Addresses     []string               `protobuf:"bytes,5,rep,name=addresses,proto3" json:"addresses,omitempty"` // host:port where peers reach it
+	Addresses     []string               `protobuf:"bytes,5,rep,name=addresses,proto3" json:"addresses,omitempty"` // ip:port where it is reached; the first serves Inventory
 	Volumes       []*PublishedVolume     `protobuf:"bytes,6,rep,name=volumes,proto3" json:"volumes,omitempty"`
 	// Set by the master.
 	Registered    *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=registered,proto3" json:"registered,omitempty"`
@@ -39,6 +39,8 @@ type Worker struct {
 	ReservedBytes int64                  `protobuf:"varint,9,opt,name=reserved_bytes,json=reservedBytes,proto3" json:"reserved_bytes,omitempty"` // of its capacity, by volumes bound to its node
 	Stats         *WorkerStats           `protobuf:"bytes,10,opt,name=stats,proto3" json:"stats,omitempty"`                                      // of the last heartbeat
 	Holdings      []*Holding             `protobuf:"bytes,11,rep,name=holdings,proto3" json:"holdings,omitempty"`                                // of the last heartbeat
+	Gone          bool                   `protobuf:"varint,12,opt,name=gone,proto3" json:"gone,omitempty"`                                       // its lease has ended
+	Unanswered    string                 `protobuf:"bytes,13,opt,name=unanswered,proto3" json:"unanswered,omitempty"`                            // why it did not answer, where it was asked (ListWorkersRequest.live)
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -150,12 +152,27 @@ func (x *Worker) GetHoldings() []*Holding {
 	return nil
 }
 
+func (x *Worker) GetGone() bool {
+	if x != nil {
+		return x.Gone
+	}
+	return false
+}
+
+func (x *Worker) GetUnanswered() string {
+	if x != nil {
+		return x.Unanswered
+	}
+	return ""
+}
+
 // PublishedVolume is what a node knows of a volume that is published there: what its
 // attributes say. Inline ones are listed with their node but never become volumes of the master.
 type PublishedVolume struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Volume        *Volume                `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"` // at least the id
 	Inline        bool                   `protobuf:"varint,2,opt,name=inline,proto3" json:"inline,omitempty"`
+	Pods          []*Pod                 `protobuf:"bytes,3,rep,name=pods,proto3" json:"pods,omitempty"` // those that it is published to
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -204,6 +221,74 @@ func (x *PublishedVolume) GetInline() bool {
 	return false
 }
 
+func (x *PublishedVolume) GetPods() []*Pod {
+	if x != nil {
+		return x.Pods
+	}
+	return nil
+}
+
+// Pod is as far known as the kubelet told: the uid at least.
+type Pod struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Namespace     string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Uid           string                 `protobuf:"bytes,3,opt,name=uid,proto3" json:"uid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Pod) Reset() {
+	*x = Pod{}
+	mi := &file_master_masterpb_master_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Pod) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Pod) ProtoMessage() {}
+
+func (x *Pod) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Pod.ProtoReflect.Descriptor instead.
+func (*Pod) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Pod) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *Pod) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Pod) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
 type WorkerStats struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	CachedBytes     int64                  `protobuf:"varint,1,opt,name=cached_bytes,json=cachedBytes,proto3" json:"cached_bytes,omitempty"`
@@ -215,13 +300,15 @@ type WorkerStats struct {
 	HitChunks       uint64                 `protobuf:"varint,7,opt,name=hit_chunks,json=hitChunks,proto3" json:"hit_chunks,omitempty"`
 	MissChunks      uint64                 `protobuf:"varint,8,opt,name=miss_chunks,json=missChunks,proto3" json:"miss_chunks,omitempty"`
 	EvictedBytes    uint64                 `protobuf:"varint,9,opt,name=evicted_bytes,json=evictedBytes,proto3" json:"evicted_bytes,omitempty"`
+	Mounts          int64                  `protobuf:"varint,10,opt,name=mounts,proto3" json:"mounts,omitempty"`  // now
+	Started         *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=started,proto3" json:"started,omitempty"` // when the worker's process did, and the counters with it
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *WorkerStats) Reset() {
 	*x = WorkerStats{}
-	mi := &file_master_masterpb_master_proto_msgTypes[2]
+	mi := &file_master_masterpb_master_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -233,7 +320,7 @@ func (x *WorkerStats) String() string {
 func (*WorkerStats) ProtoMessage() {}
 
 func (x *WorkerStats) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[2]
+	mi := &file_master_masterpb_master_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -246,7 +333,7 @@ func (x *WorkerStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkerStats.ProtoReflect.Descriptor instead.
 func (*WorkerStats) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{2}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *WorkerStats) GetCachedBytes() int64 {
@@ -312,6 +399,20 @@ func (x *WorkerStats) GetEvictedBytes() uint64 {
 	return 0
 }
 
+func (x *WorkerStats) GetMounts() int64 {
+	if x != nil {
+		return x.Mounts
+	}
+	return 0
+}
+
+func (x *WorkerStats) GetStarted() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Started
+	}
+	return nil
+}
+
 // Holding sums up what a worker has cached of one volume's source.
 type Holding struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -324,7 +425,7 @@ type Holding struct {
 
 func (x *Holding) Reset() {
 	*x = Holding{}
-	mi := &file_master_masterpb_master_proto_msgTypes[3]
+	mi := &file_master_masterpb_master_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -336,7 +437,7 @@ func (x *Holding) String() string {
 func (*Holding) ProtoMessage() {}
 
 func (x *Holding) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[3]
+	mi := &file_master_masterpb_master_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -349,7 +450,7 @@ func (x *Holding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Holding.ProtoReflect.Descriptor instead.
 func (*Holding) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{3}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Holding) GetVolumeId() string {
@@ -376,13 +477,14 @@ func (x *Holding) GetObjects() int64 {
 type RegisterWorkerRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Worker        *Worker                `protobuf:"bytes,1,opt,name=worker,proto3" json:"worker,omitempty"` // what the master sets is ignored
+	Key           string                 `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`       // what the worker wants to be shown by those who ask its Inventory; told to masters only
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RegisterWorkerRequest) Reset() {
 	*x = RegisterWorkerRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[4]
+	mi := &file_master_masterpb_master_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -394,7 +496,7 @@ func (x *RegisterWorkerRequest) String() string {
 func (*RegisterWorkerRequest) ProtoMessage() {}
 
 func (x *RegisterWorkerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[4]
+	mi := &file_master_masterpb_master_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -407,7 +509,7 @@ func (x *RegisterWorkerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterWorkerRequest.ProtoReflect.Descriptor instead.
 func (*RegisterWorkerRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{4}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *RegisterWorkerRequest) GetWorker() *Worker {
@@ -415,6 +517,13 @@ func (x *RegisterWorkerRequest) GetWorker() *Worker {
 		return x.Worker
 	}
 	return nil
+}
+
+func (x *RegisterWorkerRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
 }
 
 type RegisterWorkerResponse struct {
@@ -426,7 +535,7 @@ type RegisterWorkerResponse struct {
 
 func (x *RegisterWorkerResponse) Reset() {
 	*x = RegisterWorkerResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[5]
+	mi := &file_master_masterpb_master_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -438,7 +547,7 @@ func (x *RegisterWorkerResponse) String() string {
 func (*RegisterWorkerResponse) ProtoMessage() {}
 
 func (x *RegisterWorkerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[5]
+	mi := &file_master_masterpb_master_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -451,7 +560,7 @@ func (x *RegisterWorkerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterWorkerResponse.ProtoReflect.Descriptor instead.
 func (*RegisterWorkerResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{5}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *RegisterWorkerResponse) GetLeaseMillis() int64 {
@@ -473,7 +582,7 @@ type HeartbeatRequest struct {
 
 func (x *HeartbeatRequest) Reset() {
 	*x = HeartbeatRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[6]
+	mi := &file_master_masterpb_master_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -485,7 +594,7 @@ func (x *HeartbeatRequest) String() string {
 func (*HeartbeatRequest) ProtoMessage() {}
 
 func (x *HeartbeatRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[6]
+	mi := &file_master_masterpb_master_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -498,7 +607,7 @@ func (x *HeartbeatRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeartbeatRequest.ProtoReflect.Descriptor instead.
 func (*HeartbeatRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{6}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *HeartbeatRequest) GetUuid() string {
@@ -539,7 +648,7 @@ type HeartbeatResponse struct {
 
 func (x *HeartbeatResponse) Reset() {
 	*x = HeartbeatResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[7]
+	mi := &file_master_masterpb_master_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -551,7 +660,7 @@ func (x *HeartbeatResponse) String() string {
 func (*HeartbeatResponse) ProtoMessage() {}
 
 func (x *HeartbeatResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[7]
+	mi := &file_master_masterpb_master_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -564,7 +673,7 @@ func (x *HeartbeatResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeartbeatResponse.ProtoReflect.Descriptor instead.
 func (*HeartbeatResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{7}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *HeartbeatResponse) GetUnknown() bool {
@@ -583,13 +692,15 @@ func (x *HeartbeatResponse) GetLeaseMillis() int64 {
 
 type ListWorkersRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Gone          bool                   `protobuf:"varint,1,opt,name=gone,proto3" json:"gone,omitempty"` // also those whose lease has ended, until they are forgotten
+	Live          bool                   `protobuf:"varint,2,opt,name=live,proto3" json:"live,omitempty"` // ask each for its counters now, instead of telling those of its last heartbeat
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListWorkersRequest) Reset() {
 	*x = ListWorkersRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[8]
+	mi := &file_master_masterpb_master_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -601,7 +712,7 @@ func (x *ListWorkersRequest) String() string {
 func (*ListWorkersRequest) ProtoMessage() {}
 
 func (x *ListWorkersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[8]
+	mi := &file_master_masterpb_master_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -614,7 +725,21 @@ func (x *ListWorkersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListWorkersRequest.ProtoReflect.Descriptor instead.
 func (*ListWorkersRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{8}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ListWorkersRequest) GetGone() bool {
+	if x != nil {
+		return x.Gone
+	}
+	return false
+}
+
+func (x *ListWorkersRequest) GetLive() bool {
+	if x != nil {
+		return x.Live
+	}
+	return false
 }
 
 type ListWorkersResponse struct {
@@ -626,7 +751,7 @@ type ListWorkersResponse struct {
 
 func (x *ListWorkersResponse) Reset() {
 	*x = ListWorkersResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[9]
+	mi := &file_master_masterpb_master_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -638,7 +763,7 @@ func (x *ListWorkersResponse) String() string {
 func (*ListWorkersResponse) ProtoMessage() {}
 
 func (x *ListWorkersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[9]
+	mi := &file_master_masterpb_master_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -651,7 +776,7 @@ func (x *ListWorkersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListWorkersResponse.ProtoReflect.Descriptor instead.
 func (*ListWorkersResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{9}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListWorkersResponse) GetWorkers() []*Worker {
@@ -676,7 +801,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_master_masterpb_master_proto_msgTypes[10]
+	mi := &file_master_masterpb_master_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -688,7 +813,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[10]
+	mi := &file_master_masterpb_master_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -701,7 +826,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{10}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Volume) GetId() string {
@@ -766,7 +891,7 @@ type CreateVolumeRequest struct {
 
 func (x *CreateVolumeRequest) Reset() {
 	*x = CreateVolumeRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[11]
+	mi := &file_master_masterpb_master_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -778,7 +903,7 @@ func (x *CreateVolumeRequest) String() string {
 func (*CreateVolumeRequest) ProtoMessage() {}
 
 func (x *CreateVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[11]
+	mi := &file_master_masterpb_master_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -791,7 +916,7 @@ func (x *CreateVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVolumeRequest.ProtoReflect.Descriptor instead.
 func (*CreateVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{11}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CreateVolumeRequest) GetName() string {
@@ -838,7 +963,7 @@ type DeleteVolumeRequest struct {
 
 func (x *DeleteVolumeRequest) Reset() {
 	*x = DeleteVolumeRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[12]
+	mi := &file_master_masterpb_master_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -850,7 +975,7 @@ func (x *DeleteVolumeRequest) String() string {
 func (*DeleteVolumeRequest) ProtoMessage() {}
 
 func (x *DeleteVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[12]
+	mi := &file_master_masterpb_master_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -863,7 +988,7 @@ func (x *DeleteVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolumeRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{12}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DeleteVolumeRequest) GetId() string {
@@ -881,7 +1006,7 @@ type DeleteVolumeResponse struct {
 
 func (x *DeleteVolumeResponse) Reset() {
 	*x = DeleteVolumeResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[13]
+	mi := &file_master_masterpb_master_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -893,7 +1018,7 @@ func (x *DeleteVolumeResponse) String() string {
 func (*DeleteVolumeResponse) ProtoMessage() {}
 
 func (x *DeleteVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[13]
+	mi := &file_master_masterpb_master_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -906,7 +1031,7 @@ func (x *DeleteVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolumeResponse.ProtoReflect.Descriptor instead.
 func (*DeleteVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{13}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{14}
 }
 
 type GetVolumeRequest struct {
@@ -918,7 +1043,7 @@ type GetVolumeRequest struct {
 
 func (x *GetVolumeRequest) Reset() {
 	*x = GetVolumeRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[14]
+	mi := &file_master_masterpb_master_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -930,7 +1055,7 @@ func (x *GetVolumeRequest) String() string {
 func (*GetVolumeRequest) ProtoMessage() {}
 
 func (x *GetVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[14]
+	mi := &file_master_masterpb_master_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -943,7 +1068,7 @@ func (x *GetVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVolumeRequest.ProtoReflect.Descriptor instead.
 func (*GetVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{14}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *GetVolumeRequest) GetId() string {
@@ -963,7 +1088,7 @@ type ListVolumesRequest struct {
 
 func (x *ListVolumesRequest) Reset() {
 	*x = ListVolumesRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[15]
+	mi := &file_master_masterpb_master_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -975,7 +1100,7 @@ func (x *ListVolumesRequest) String() string {
 func (*ListVolumesRequest) ProtoMessage() {}
 
 func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[15]
+	mi := &file_master_masterpb_master_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -988,7 +1113,7 @@ func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesRequest.ProtoReflect.Descriptor instead.
 func (*ListVolumesRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{15}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListVolumesRequest) GetMaxEntries() int32 {
@@ -1015,7 +1140,7 @@ type ListVolumesResponse struct {
 
 func (x *ListVolumesResponse) Reset() {
 	*x = ListVolumesResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[16]
+	mi := &file_master_masterpb_master_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1027,7 +1152,7 @@ func (x *ListVolumesResponse) String() string {
 func (*ListVolumesResponse) ProtoMessage() {}
 
 func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[16]
+	mi := &file_master_masterpb_master_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1040,7 +1165,7 @@ func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesResponse.ProtoReflect.Descriptor instead.
 func (*ListVolumesResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{16}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListVolumesResponse) GetVolumes() []*Volume {
@@ -1066,7 +1191,7 @@ type GetCapacityRequest struct {
 
 func (x *GetCapacityRequest) Reset() {
 	*x = GetCapacityRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[17]
+	mi := &file_master_masterpb_master_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1078,7 +1203,7 @@ func (x *GetCapacityRequest) String() string {
 func (*GetCapacityRequest) ProtoMessage() {}
 
 func (x *GetCapacityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[17]
+	mi := &file_master_masterpb_master_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1091,7 +1216,7 @@ func (x *GetCapacityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetCapacityRequest.ProtoReflect.Descriptor instead.
 func (*GetCapacityRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{17}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *GetCapacityRequest) GetNode() string {
@@ -1113,7 +1238,7 @@ type Capacity struct {
 
 func (x *Capacity) Reset() {
 	*x = Capacity{}
-	mi := &file_master_masterpb_master_proto_msgTypes[18]
+	mi := &file_master_masterpb_master_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1125,7 +1250,7 @@ func (x *Capacity) String() string {
 func (*Capacity) ProtoMessage() {}
 
 func (x *Capacity) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[18]
+	mi := &file_master_masterpb_master_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1138,7 +1263,7 @@ func (x *Capacity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capacity.ProtoReflect.Descriptor instead.
 func (*Capacity) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{18}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Capacity) GetCapacityBytes() int64 {
@@ -1180,7 +1305,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_master_masterpb_master_proto_msgTypes[19]
+	mi := &file_master_masterpb_master_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1192,7 +1317,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[19]
+	mi := &file_master_masterpb_master_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1205,7 +1330,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{19}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Mount) GetPath() string {
@@ -1237,7 +1362,7 @@ type PutMountResponse struct {
 
 func (x *PutMountResponse) Reset() {
 	*x = PutMountResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[20]
+	mi := &file_master_masterpb_master_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1249,7 +1374,7 @@ func (x *PutMountResponse) String() string {
 func (*PutMountResponse) ProtoMessage() {}
 
 func (x *PutMountResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[20]
+	mi := &file_master_masterpb_master_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1262,7 +1387,7 @@ func (x *PutMountResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutMountResponse.ProtoReflect.Descriptor instead.
 func (*PutMountResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{20}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{21}
 }
 
 type ListMountsRequest struct {
@@ -1273,7 +1398,7 @@ type ListMountsRequest struct {
 
 func (x *ListMountsRequest) Reset() {
 	*x = ListMountsRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[21]
+	mi := &file_master_masterpb_master_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1285,7 +1410,7 @@ func (x *ListMountsRequest) String() string {
 func (*ListMountsRequest) ProtoMessage() {}
 
 func (x *ListMountsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[21]
+	mi := &file_master_masterpb_master_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1298,7 +1423,7 @@ func (x *ListMountsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMountsRequest.ProtoReflect.Descriptor instead.
 func (*ListMountsRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{21}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{22}
 }
 
 type ListMountsResponse struct {
@@ -1310,7 +1435,7 @@ type ListMountsResponse struct {
 
 func (x *ListMountsResponse) Reset() {
 	*x = ListMountsResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[22]
+	mi := &file_master_masterpb_master_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1322,7 +1447,7 @@ func (x *ListMountsResponse) String() string {
 func (*ListMountsResponse) ProtoMessage() {}
 
 func (x *ListMountsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[22]
+	mi := &file_master_masterpb_master_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1335,7 +1460,7 @@ func (x *ListMountsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMountsResponse.ProtoReflect.Descriptor instead.
 func (*ListMountsResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{22}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListMountsResponse) GetMounts() []*Mount {
@@ -1354,7 +1479,7 @@ type DeleteMountRequest struct {
 
 func (x *DeleteMountRequest) Reset() {
 	*x = DeleteMountRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[23]
+	mi := &file_master_masterpb_master_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1366,7 +1491,7 @@ func (x *DeleteMountRequest) String() string {
 func (*DeleteMountRequest) ProtoMessage() {}
 
 func (x *DeleteMountRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[23]
+	mi := &file_master_masterpb_master_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1379,7 +1504,7 @@ func (x *DeleteMountRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteMountRequest.ProtoReflect.Descriptor instead.
 func (*DeleteMountRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{23}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *DeleteMountRequest) GetPath() string {
@@ -1397,7 +1522,7 @@ type DeleteMountResponse struct {
 
 func (x *DeleteMountResponse) Reset() {
 	*x = DeleteMountResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[24]
+	mi := &file_master_masterpb_master_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1409,7 +1534,7 @@ func (x *DeleteMountResponse) String() string {
 func (*DeleteMountResponse) ProtoMessage() {}
 
 func (x *DeleteMountResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[24]
+	mi := &file_master_masterpb_master_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1422,7 +1547,396 @@ func (x *DeleteMountResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteMountResponse.ProtoReflect.Descriptor instead.
 func (*DeleteMountResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{24}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{25}
+}
+
+type LocateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uri           string                 `protobuf:"bytes,1,opt,name=uri,proto3" json:"uri,omitempty"`           // s3://bucket/key, file:///path: an object, and all below it; with a "/" at the end only what is below
+	Endpoint      string                 `protobuf:"bytes,2,opt,name=endpoint,proto3" json:"endpoint,omitempty"` // of an S3 store; "" for all that have such a bucket
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LocateRequest) Reset() {
+	*x = LocateRequest{}
+	mi := &file_master_masterpb_master_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LocateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LocateRequest) ProtoMessage() {}
+
+func (x *LocateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LocateRequest.ProtoReflect.Descriptor instead.
+func (*LocateRequest) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *LocateRequest) GetUri() string {
+	if x != nil {
+		return x.Uri
+	}
+	return ""
+}
+
+func (x *LocateRequest) GetEndpoint() string {
+	if x != nil {
+		return x.Endpoint
+	}
+	return ""
+}
+
+type LocateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Workers       []*Located             `protobuf:"bytes,1,rep,name=workers,proto3" json:"workers,omitempty"` // by node; those without bytes too
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LocateResponse) Reset() {
+	*x = LocateResponse{}
+	mi := &file_master_masterpb_master_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LocateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LocateResponse) ProtoMessage() {}
+
+func (x *LocateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LocateResponse.ProtoReflect.Descriptor instead.
+func (*LocateResponse) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *LocateResponse) GetWorkers() []*Located {
+	if x != nil {
+		return x.Workers
+	}
+	return nil
+}
+
+// Located is what one worker holds.
+type Located struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Uuid          string                 `protobuf:"bytes,2,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	Addresses     []string               `protobuf:"bytes,3,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	Held          *HeldResponse          `protobuf:"bytes,4,opt,name=held,proto3" json:"held,omitempty"`
+	Unanswered    string                 `protobuf:"bytes,5,opt,name=unanswered,proto3" json:"unanswered,omitempty"` // why it is not known what it holds; "" if it is
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Located) Reset() {
+	*x = Located{}
+	mi := &file_master_masterpb_master_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Located) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Located) ProtoMessage() {}
+
+func (x *Located) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Located.ProtoReflect.Descriptor instead.
+func (*Located) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *Located) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *Located) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+func (x *Located) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *Located) GetHeld() *HeldResponse {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
+func (x *Located) GetUnanswered() string {
+	if x != nil {
+		return x.Unanswered
+	}
+	return ""
+}
+
+type CountersRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CountersRequest) Reset() {
+	*x = CountersRequest{}
+	mi := &file_master_masterpb_master_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CountersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CountersRequest) ProtoMessage() {}
+
+func (x *CountersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CountersRequest.ProtoReflect.Descriptor instead.
+func (*CountersRequest) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{29}
+}
+
+type WorkerCounters struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uuid          string                 `protobuf:"bytes,1,opt,name=uuid,proto3" json:"uuid,omitempty"` // of who answers: an address may have become another's
+	Stats         *WorkerStats           `protobuf:"bytes,2,opt,name=stats,proto3" json:"stats,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkerCounters) Reset() {
+	*x = WorkerCounters{}
+	mi := &file_master_masterpb_master_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkerCounters) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkerCounters) ProtoMessage() {}
+
+func (x *WorkerCounters) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkerCounters.ProtoReflect.Descriptor instead.
+func (*WorkerCounters) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *WorkerCounters) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+func (x *WorkerCounters) GetStats() *WorkerStats {
+	if x != nil {
+		return x.Stats
+	}
+	return nil
+}
+
+type HeldRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uri           string                 `protobuf:"bytes,1,opt,name=uri,proto3" json:"uri,omitempty"` // as in LocateRequest
+	Endpoint      string                 `protobuf:"bytes,2,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeldRequest) Reset() {
+	*x = HeldRequest{}
+	mi := &file_master_masterpb_master_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeldRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeldRequest) ProtoMessage() {}
+
+func (x *HeldRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeldRequest.ProtoReflect.Descriptor instead.
+func (*HeldRequest) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *HeldRequest) GetUri() string {
+	if x != nil {
+		return x.Uri
+	}
+	return ""
+}
+
+func (x *HeldRequest) GetEndpoint() string {
+	if x != nil {
+		return x.Endpoint
+	}
+	return ""
+}
+
+type HeldResponse struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Uuid            string                 `protobuf:"bytes,1,opt,name=uuid,proto3" json:"uuid,omitempty"` // of who answers
+	CachedBytes     int64                  `protobuf:"varint,2,opt,name=cached_bytes,json=cachedBytes,proto3" json:"cached_bytes,omitempty"`
+	Objects         int64                  `protobuf:"varint,3,opt,name=objects,proto3" json:"objects,omitempty"`
+	CompleteObjects int64                  `protobuf:"varint,4,opt,name=complete_objects,json=completeObjects,proto3" json:"complete_objects,omitempty"`
+	Stores          int64                  `protobuf:"varint,5,opt,name=stores,proto3" json:"stores,omitempty"` // how many under stores have such a bucket or folder: more than one for one name at several endpoints
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *HeldResponse) Reset() {
+	*x = HeldResponse{}
+	mi := &file_master_masterpb_master_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeldResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeldResponse) ProtoMessage() {}
+
+func (x *HeldResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeldResponse.ProtoReflect.Descriptor instead.
+func (*HeldResponse) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *HeldResponse) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+func (x *HeldResponse) GetCachedBytes() int64 {
+	if x != nil {
+		return x.CachedBytes
+	}
+	return 0
+}
+
+func (x *HeldResponse) GetObjects() int64 {
+	if x != nil {
+		return x.Objects
+	}
+	return 0
+}
+
+func (x *HeldResponse) GetCompleteObjects() int64 {
+	if x != nil {
+		return x.CompleteObjects
+	}
+	return 0
+}
+
+func (x *HeldResponse) GetStores() int64 {
+	if x != nil {
+		return x.Stores
+	}
+	return 0
 }
 
 type StatusRequest struct {
@@ -1433,7 +1947,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[25]
+	mi := &file_master_masterpb_master_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1445,7 +1959,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[25]
+	mi := &file_master_masterpb_master_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1458,7 +1972,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{25}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{33}
 }
 
 type MasterStatus struct {
@@ -1478,7 +1992,7 @@ type MasterStatus struct {
 
 func (x *MasterStatus) Reset() {
 	*x = MasterStatus{}
-	mi := &file_master_masterpb_master_proto_msgTypes[26]
+	mi := &file_master_masterpb_master_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1490,7 +2004,7 @@ func (x *MasterStatus) String() string {
 func (*MasterStatus) ProtoMessage() {}
 
 func (x *MasterStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[26]
+	mi := &file_master_masterpb_master_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1503,7 +2017,7 @@ func (x *MasterStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MasterStatus.ProtoReflect.Descriptor instead.
 func (*MasterStatus) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{26}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *MasterStatus) GetVersion() string {
@@ -1573,7 +2087,7 @@ var File_master_masterpb_master_proto protoreflect.FileDescriptor
 
 const file_master_masterpb_master_proto_rawDesc = "" +
 	"\n" +
-	"\x1cmaster/masterpb/master.proto\x12\x10larder.master.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcb\x03\n" +
+	"\x1cmaster/masterpb/master.proto\x12\x10larder.master.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xff\x03\n" +
 	"\x06Worker\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x18\n" +
@@ -1588,10 +2102,19 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\x0ereserved_bytes\x18\t \x01(\x03R\rreservedBytes\x123\n" +
 	"\x05stats\x18\n" +
 	" \x01(\v2\x1d.larder.master.v1.WorkerStatsR\x05stats\x125\n" +
-	"\bholdings\x18\v \x03(\v2\x19.larder.master.v1.HoldingR\bholdings\"[\n" +
+	"\bholdings\x18\v \x03(\v2\x19.larder.master.v1.HoldingR\bholdings\x12\x12\n" +
+	"\x04gone\x18\f \x01(\bR\x04gone\x12\x1e\n" +
+	"\n" +
+	"unanswered\x18\r \x01(\tR\n" +
+	"unanswered\"\x86\x01\n" +
 	"\x0fPublishedVolume\x120\n" +
 	"\x06volume\x18\x01 \x01(\v2\x18.larder.master.v1.VolumeR\x06volume\x12\x16\n" +
-	"\x06inline\x18\x02 \x01(\bR\x06inline\"\xc3\x02\n" +
+	"\x06inline\x18\x02 \x01(\bR\x06inline\x12)\n" +
+	"\x04pods\x18\x03 \x03(\v2\x15.larder.master.v1.PodR\x04pods\"I\n" +
+	"\x03Pod\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
+	"\x03uid\x18\x03 \x01(\tR\x03uid\"\x91\x03\n" +
 	"\vWorkerStats\x12!\n" +
 	"\fcached_bytes\x18\x01 \x01(\x03R\vcachedBytes\x12\x18\n" +
 	"\aobjects\x18\x02 \x01(\x03R\aobjects\x12)\n" +
@@ -1604,13 +2127,17 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"hit_chunks\x18\a \x01(\x04R\thitChunks\x12\x1f\n" +
 	"\vmiss_chunks\x18\b \x01(\x04R\n" +
 	"missChunks\x12#\n" +
-	"\revicted_bytes\x18\t \x01(\x04R\fevictedBytes\"c\n" +
+	"\revicted_bytes\x18\t \x01(\x04R\fevictedBytes\x12\x16\n" +
+	"\x06mounts\x18\n" +
+	" \x01(\x03R\x06mounts\x124\n" +
+	"\astarted\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\astarted\"c\n" +
 	"\aHolding\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12!\n" +
 	"\fcached_bytes\x18\x02 \x01(\x03R\vcachedBytes\x12\x18\n" +
-	"\aobjects\x18\x03 \x01(\x03R\aobjects\"I\n" +
+	"\aobjects\x18\x03 \x01(\x03R\aobjects\"[\n" +
 	"\x15RegisterWorkerRequest\x120\n" +
-	"\x06worker\x18\x01 \x01(\v2\x18.larder.master.v1.WorkerR\x06worker\";\n" +
+	"\x06worker\x18\x01 \x01(\v2\x18.larder.master.v1.WorkerR\x06worker\x12\x10\n" +
+	"\x03key\x18\x02 \x01(\tR\x03key\";\n" +
 	"\x16RegisterWorkerResponse\x12!\n" +
 	"\flease_millis\x18\x01 \x01(\x03R\vleaseMillis\"\xa6\x01\n" +
 	"\x10HeartbeatRequest\x12\x12\n" +
@@ -1620,8 +2147,10 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\bholdings\x18\x04 \x03(\v2\x19.larder.master.v1.HoldingR\bholdings\"P\n" +
 	"\x11HeartbeatResponse\x12\x18\n" +
 	"\aunknown\x18\x01 \x01(\bR\aunknown\x12!\n" +
-	"\flease_millis\x18\x02 \x01(\x03R\vleaseMillis\"\x14\n" +
-	"\x12ListWorkersRequest\"I\n" +
+	"\flease_millis\x18\x02 \x01(\x03R\vleaseMillis\"<\n" +
+	"\x12ListWorkersRequest\x12\x12\n" +
+	"\x04gone\x18\x01 \x01(\bR\x04gone\x12\x12\n" +
+	"\x04live\x18\x02 \x01(\bR\x04live\"I\n" +
 	"\x13ListWorkersResponse\x122\n" +
 	"\aworkers\x18\x01 \x03(\v2\x18.larder.master.v1.WorkerR\aworkers\"\xcf\x02\n" +
 	"\x06Volume\x12\x0e\n" +
@@ -1682,7 +2211,33 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\x06mounts\x18\x01 \x03(\v2\x17.larder.master.v1.MountR\x06mounts\"(\n" +
 	"\x12DeleteMountRequest\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\"\x15\n" +
-	"\x13DeleteMountResponse\"\x0f\n" +
+	"\x13DeleteMountResponse\"=\n" +
+	"\rLocateRequest\x12\x10\n" +
+	"\x03uri\x18\x01 \x01(\tR\x03uri\x12\x1a\n" +
+	"\bendpoint\x18\x02 \x01(\tR\bendpoint\"E\n" +
+	"\x0eLocateResponse\x123\n" +
+	"\aworkers\x18\x01 \x03(\v2\x19.larder.master.v1.LocatedR\aworkers\"\xa3\x01\n" +
+	"\aLocated\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
+	"\x04uuid\x18\x02 \x01(\tR\x04uuid\x12\x1c\n" +
+	"\taddresses\x18\x03 \x03(\tR\taddresses\x122\n" +
+	"\x04held\x18\x04 \x01(\v2\x1e.larder.master.v1.HeldResponseR\x04held\x12\x1e\n" +
+	"\n" +
+	"unanswered\x18\x05 \x01(\tR\n" +
+	"unanswered\"\x11\n" +
+	"\x0fCountersRequest\"Y\n" +
+	"\x0eWorkerCounters\x12\x12\n" +
+	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x123\n" +
+	"\x05stats\x18\x02 \x01(\v2\x1d.larder.master.v1.WorkerStatsR\x05stats\";\n" +
+	"\vHeldRequest\x12\x10\n" +
+	"\x03uri\x18\x01 \x01(\tR\x03uri\x12\x1a\n" +
+	"\bendpoint\x18\x02 \x01(\tR\bendpoint\"\xa2\x01\n" +
+	"\fHeldResponse\x12\x12\n" +
+	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12!\n" +
+	"\fcached_bytes\x18\x02 \x01(\x03R\vcachedBytes\x12\x18\n" +
+	"\aobjects\x18\x03 \x01(\x03R\aobjects\x12)\n" +
+	"\x10complete_objects\x18\x04 \x01(\x03R\x0fcompleteObjects\x12\x16\n" +
+	"\x06stores\x18\x05 \x01(\x03R\x06stores\"\x0f\n" +
 	"\rStatusRequest\"\xa0\x02\n" +
 	"\fMasterStatus\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x10\n" +
@@ -1694,7 +2249,7 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\x0estore_revision\x18\x06 \x01(\x03R\rstoreRevision\x12\x18\n" +
 	"\aworkers\x18\a \x01(\x03R\aworkers\x12\x18\n" +
 	"\avolumes\x18\b \x01(\x03R\avolumes\x12\x16\n" +
-	"\x06mounts\x18\t \x01(\x03R\x06mounts2\x90\b\n" +
+	"\x06mounts\x18\t \x01(\x03R\x06mounts2\xdd\b\n" +
 	"\x06Master\x12c\n" +
 	"\x0eRegisterWorker\x12'.larder.master.v1.RegisterWorkerRequest\x1a(.larder.master.v1.RegisterWorkerResponse\x12T\n" +
 	"\tHeartbeat\x12\".larder.master.v1.HeartbeatRequest\x1a#.larder.master.v1.HeartbeatResponse\x12Z\n" +
@@ -1707,8 +2262,12 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\bPutMount\x12\x17.larder.master.v1.Mount\x1a\".larder.master.v1.PutMountResponse\x12W\n" +
 	"\n" +
 	"ListMounts\x12#.larder.master.v1.ListMountsRequest\x1a$.larder.master.v1.ListMountsResponse\x12Z\n" +
-	"\vDeleteMount\x12$.larder.master.v1.DeleteMountRequest\x1a%.larder.master.v1.DeleteMountResponse\x12I\n" +
-	"\x06Status\x12\x1f.larder.master.v1.StatusRequest\x1a\x1e.larder.master.v1.MasterStatusB,Z*github.com/larderfs/larder/master/masterpbb\x06proto3"
+	"\vDeleteMount\x12$.larder.master.v1.DeleteMountRequest\x1a%.larder.master.v1.DeleteMountResponse\x12K\n" +
+	"\x06Locate\x12\x1f.larder.master.v1.LocateRequest\x1a .larder.master.v1.LocateResponse\x12I\n" +
+	"\x06Status\x12\x1f.larder.master.v1.StatusRequest\x1a\x1e.larder.master.v1.MasterStatus2\xa3\x01\n" +
+	"\tInventory\x12O\n" +
+	"\bCounters\x12!.larder.master.v1.CountersRequest\x1a .larder.master.v1.WorkerCounters\x12E\n" +
+	"\x04Held\x12\x1d.larder.master.v1.HeldRequest\x1a\x1e.larder.master.v1.HeldResponseB,Z*github.com/larderfs/larder/master/masterpbb\x06proto3"
 
 var (
 	file_master_masterpb_master_proto_rawDescOnce sync.Once
@@ -1722,87 +2281,106 @@ func file_master_masterpb_master_proto_rawDescGZIP() []byte {
 	return file_master_masterpb_master_proto_rawDescData
 }
 
-var file_master_masterpb_master_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_master_masterpb_master_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_master_masterpb_master_proto_goTypes = []any{
 	(*Worker)(nil),                 // 0: larder.master.v1.Worker
 	(*PublishedVolume)(nil),        // 1: larder.master.v1.PublishedVolume
-	(*WorkerStats)(nil),            // 2: larder.master.v1.WorkerStats
-	(*Holding)(nil),                // 3: larder.master.v1.Holding
-	(*RegisterWorkerRequest)(nil),  // 4: larder.master.v1.RegisterWorkerRequest
-	(*RegisterWorkerResponse)(nil), // 5: larder.master.v1.RegisterWorkerResponse
-	(*HeartbeatRequest)(nil),       // 6: larder.master.v1.HeartbeatRequest
-	(*HeartbeatResponse)(nil),      // 7: larder.master.v1.HeartbeatResponse
-	(*ListWorkersRequest)(nil),     // 8: larder.master.v1.ListWorkersRequest
-	(*ListWorkersResponse)(nil),    // 9: larder.master.v1.ListWorkersResponse
-	(*Volume)(nil),                 // 10: larder.master.v1.Volume
-	(*CreateVolumeRequest)(nil),    // 11: larder.master.v1.CreateVolumeRequest
-	(*DeleteVolumeRequest)(nil),    // 12: larder.master.v1.DeleteVolumeRequest
-	(*DeleteVolumeResponse)(nil),   // 13: larder.master.v1.DeleteVolumeResponse
-	(*GetVolumeRequest)(nil),       // 14: larder.master.v1.GetVolumeRequest
-	(*ListVolumesRequest)(nil),     // 15: larder.master.v1.ListVolumesRequest
-	(*ListVolumesResponse)(nil),    // 16: larder.master.v1.ListVolumesResponse
-	(*GetCapacityRequest)(nil),     // 17: larder.master.v1.GetCapacityRequest
-	(*Capacity)(nil),               // 18: larder.master.v1.Capacity
-	(*Mount)(nil),                  // 19: larder.master.v1.Mount
-	(*PutMountResponse)(nil),       // 20: larder.master.v1.PutMountResponse
-	(*ListMountsRequest)(nil),      // 21: larder.master.v1.ListMountsRequest
-	(*ListMountsResponse)(nil),     // 22: larder.master.v1.ListMountsResponse
-	(*DeleteMountRequest)(nil),     // 23: larder.master.v1.DeleteMountRequest
-	(*DeleteMountResponse)(nil),    // 24: larder.master.v1.DeleteMountResponse
-	(*StatusRequest)(nil),          // 25: larder.master.v1.StatusRequest
-	(*MasterStatus)(nil),           // 26: larder.master.v1.MasterStatus
-	nil,                            // 27: larder.master.v1.Volume.ParametersEntry
-	nil,                            // 28: larder.master.v1.CreateVolumeRequest.ParametersEntry
-	nil,                            // 29: larder.master.v1.Mount.OptionsEntry
-	(*timestamppb.Timestamp)(nil),  // 30: google.protobuf.Timestamp
+	(*Pod)(nil),                    // 2: larder.master.v1.Pod
+	(*WorkerStats)(nil),            // 3: larder.master.v1.WorkerStats
+	(*Holding)(nil),                // 4: larder.master.v1.Holding
+	(*RegisterWorkerRequest)(nil),  // 5: larder.master.v1.RegisterWorkerRequest
+	(*RegisterWorkerResponse)(nil), // 6: larder.master.v1.RegisterWorkerResponse
+	(*HeartbeatRequest)(nil),       // 7: larder.master.v1.HeartbeatRequest
+	(*HeartbeatResponse)(nil),      // 8: larder.master.v1.HeartbeatResponse
+	(*ListWorkersRequest)(nil),     // 9: larder.master.v1.ListWorkersRequest
+	(*ListWorkersResponse)(nil),    // 10: larder.master.v1.ListWorkersResponse
+	(*Volume)(nil),                 // 11: larder.master.v1.Volume
+	(*CreateVolumeRequest)(nil),    // 12: larder.master.v1.CreateVolumeRequest
+	(*DeleteVolumeRequest)(nil),    // 13: larder.master.v1.DeleteVolumeRequest
+	(*DeleteVolumeResponse)(nil),   // 14: larder.master.v1.DeleteVolumeResponse
+	(*GetVolumeRequest)(nil),       // 15: larder.master.v1.GetVolumeRequest
+	(*ListVolumesRequest)(nil),     // 16: larder.master.v1.ListVolumesRequest
+	(*ListVolumesResponse)(nil),    // 17: larder.master.v1.ListVolumesResponse
+	(*GetCapacityRequest)(nil),     // 18: larder.master.v1.GetCapacityRequest
+	(*Capacity)(nil),               // 19: larder.master.v1.Capacity
+	(*Mount)(nil),                  // 20: larder.master.v1.Mount
+	(*PutMountResponse)(nil),       // 21: larder.master.v1.PutMountResponse
+	(*ListMountsRequest)(nil),      // 22: larder.master.v1.ListMountsRequest
+	(*ListMountsResponse)(nil),     // 23: larder.master.v1.ListMountsResponse
+	(*DeleteMountRequest)(nil),     // 24: larder.master.v1.DeleteMountRequest
+	(*DeleteMountResponse)(nil),    // 25: larder.master.v1.DeleteMountResponse
+	(*LocateRequest)(nil),          // 26: larder.master.v1.LocateRequest
+	(*LocateResponse)(nil),         // 27: larder.master.v1.LocateResponse
+	(*Located)(nil),                // 28: larder.master.v1.Located
+	(*CountersRequest)(nil),        // 29: larder.master.v1.CountersRequest
+	(*WorkerCounters)(nil),         // 30: larder.master.v1.WorkerCounters
+	(*HeldRequest)(nil),            // 31: larder.master.v1.HeldRequest
+	(*HeldResponse)(nil),           // 32: larder.master.v1.HeldResponse
+	(*StatusRequest)(nil),          // 33: larder.master.v1.StatusRequest
+	(*MasterStatus)(nil),           // 34: larder.master.v1.MasterStatus
+	nil,                            // 35: larder.master.v1.Volume.ParametersEntry
+	nil,                            // 36: larder.master.v1.CreateVolumeRequest.ParametersEntry
+	nil,                            // 37: larder.master.v1.Mount.OptionsEntry
+	(*timestamppb.Timestamp)(nil),  // 38: google.protobuf.Timestamp
 }
 var file_master_masterpb_master_proto_depIdxs = []int32{
 	1,  // 0: larder.master.v1.Worker.volumes:type_name -> larder.master.v1.PublishedVolume
-	30, // 1: larder.master.v1.Worker.registered:type_name -> google.protobuf.Timestamp
-	30, // 2: larder.master.v1.Worker.seen:type_name -> google.protobuf.Timestamp
-	2,  // 3: larder.master.v1.Worker.stats:type_name -> larder.master.v1.WorkerStats
-	3,  // 4: larder.master.v1.Worker.holdings:type_name -> larder.master.v1.Holding
-	10, // 5: larder.master.v1.PublishedVolume.volume:type_name -> larder.master.v1.Volume
-	0,  // 6: larder.master.v1.RegisterWorkerRequest.worker:type_name -> larder.master.v1.Worker
-	2,  // 7: larder.master.v1.HeartbeatRequest.stats:type_name -> larder.master.v1.WorkerStats
-	3,  // 8: larder.master.v1.HeartbeatRequest.holdings:type_name -> larder.master.v1.Holding
-	0,  // 9: larder.master.v1.ListWorkersResponse.workers:type_name -> larder.master.v1.Worker
-	27, // 10: larder.master.v1.Volume.parameters:type_name -> larder.master.v1.Volume.ParametersEntry
-	30, // 11: larder.master.v1.Volume.created:type_name -> google.protobuf.Timestamp
-	28, // 12: larder.master.v1.CreateVolumeRequest.parameters:type_name -> larder.master.v1.CreateVolumeRequest.ParametersEntry
-	10, // 13: larder.master.v1.ListVolumesResponse.volumes:type_name -> larder.master.v1.Volume
-	29, // 14: larder.master.v1.Mount.options:type_name -> larder.master.v1.Mount.OptionsEntry
-	19, // 15: larder.master.v1.ListMountsResponse.mounts:type_name -> larder.master.v1.Mount
-	30, // 16: larder.master.v1.MasterStatus.started:type_name -> google.protobuf.Timestamp
-	4,  // 17: larder.master.v1.Master.RegisterWorker:input_type -> larder.master.v1.RegisterWorkerRequest
-	6,  // 18: larder.master.v1.Master.Heartbeat:input_type -> larder.master.v1.HeartbeatRequest
-	8,  // 19: larder.master.v1.Master.ListWorkers:input_type -> larder.master.v1.ListWorkersRequest
-	11, // 20: larder.master.v1.Master.CreateVolume:input_type -> larder.master.v1.CreateVolumeRequest
-	12, // 21: larder.master.v1.Master.DeleteVolume:input_type -> larder.master.v1.DeleteVolumeRequest
-	14, // 22: larder.master.v1.Master.GetVolume:input_type -> larder.master.v1.GetVolumeRequest
-	15, // 23: larder.master.v1.Master.ListVolumes:input_type -> larder.master.v1.ListVolumesRequest
-	17, // 24: larder.master.v1.Master.GetCapacity:input_type -> larder.master.v1.GetCapacityRequest
-	19, // 25: larder.master.v1.Master.PutMount:input_type -> larder.master.v1.Mount
-	21, // 26: larder.master.v1.Master.ListMounts:input_type -> larder.master.v1.ListMountsRequest
-	23, // 27: larder.master.v1.Master.DeleteMount:input_type -> larder.master.v1.DeleteMountRequest
-	25, // 28: larder.master.v1.Master.Status:input_type -> larder.master.v1.StatusRequest
-	5,  // 29: larder.master.v1.Master.RegisterWorker:output_type -> larder.master.v1.RegisterWorkerResponse
-	7,  // 30: larder.master.v1.Master.Heartbeat:output_type -> larder.master.v1.HeartbeatResponse
-	9,  // 31: larder.master.v1.Master.ListWorkers:output_type -> larder.master.v1.ListWorkersResponse
-	10, // 32: larder.master.v1.Master.CreateVolume:output_type -> larder.master.v1.Volume
-	13, // 33: larder.master.v1.Master.DeleteVolume:output_type -> larder.master.v1.DeleteVolumeResponse
-	10, // 34: larder.master.v1.Master.GetVolume:output_type -> larder.master.v1.Volume
-	16, // 35: larder.master.v1.Master.ListVolumes:output_type -> larder.master.v1.ListVolumesResponse
-	18, // 36: larder.master.v1.Master.GetCapacity:output_type -> larder.master.v1.Capacity
-	20, // 37: larder.master.v1.Master.PutMount:output_type -> larder.master.v1.PutMountResponse
-	22, // 38: larder.master.v1.Master.ListMounts:output_type -> larder.master.v1.ListMountsResponse
-	24, // 39: larder.master.v1.Master.DeleteMount:output_type -> larder.master.v1.DeleteMountResponse
-	26, // 40: larder.master.v1.Master.Status:output_type -> larder.master.v1.MasterStatus
-	29, // [29:41] is the sub-list for method output_type
-	17, // [17:29] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	38, // 1: larder.master.v1.Worker.registered:type_name -> google.protobuf.Timestamp
+	38, // 2: larder.master.v1.Worker.seen:type_name -> google.protobuf.Timestamp
+	3,  // 3: larder.master.v1.Worker.stats:type_name -> larder.master.v1.WorkerStats
+	4,  // 4: larder.master.v1.Worker.holdings:type_name -> larder.master.v1.Holding
+	11, // 5: larder.master.v1.PublishedVolume.volume:type_name -> larder.master.v1.Volume
+	2,  // 6: larder.master.v1.PublishedVolume.pods:type_name -> larder.master.v1.Pod
+	38, // 7: larder.master.v1.WorkerStats.started:type_name -> google.protobuf.Timestamp
+	0,  // 8: larder.master.v1.RegisterWorkerRequest.worker:type_name -> larder.master.v1.Worker
+	3,  // 9: larder.master.v1.HeartbeatRequest.stats:type_name -> larder.master.v1.WorkerStats
+	4,  // 10: larder.master.v1.HeartbeatRequest.holdings:type_name -> larder.master.v1.Holding
+	0,  // 11: larder.master.v1.ListWorkersResponse.workers:type_name -> larder.master.v1.Worker
+	35, // 12: larder.master.v1.Volume.parameters:type_name -> larder.master.v1.Volume.ParametersEntry
+	38, // 13: larder.master.v1.Volume.created:type_name -> google.protobuf.Timestamp
+	36, // 14: larder.master.v1.CreateVolumeRequest.parameters:type_name -> larder.master.v1.CreateVolumeRequest.ParametersEntry
+	11, // 15: larder.master.v1.ListVolumesResponse.volumes:type_name -> larder.master.v1.Volume
+	37, // 16: larder.master.v1.Mount.options:type_name -> larder.master.v1.Mount.OptionsEntry
+	20, // 17: larder.master.v1.ListMountsResponse.mounts:type_name -> larder.master.v1.Mount
+	28, // 18: larder.master.v1.LocateResponse.workers:type_name -> larder.master.v1.Located
+	32, // 19: larder.master.v1.Located.held:type_name -> larder.master.v1.HeldResponse
+	3,  // 20: larder.master.v1.WorkerCounters.stats:type_name -> larder.master.v1.WorkerStats
+	38, // 21: larder.master.v1.MasterStatus.started:type_name -> google.protobuf.Timestamp
+	5,  // 22: larder.master.v1.Master.RegisterWorker:input_type -> larder.master.v1.RegisterWorkerRequest
+	7,  // 23: larder.master.v1.Master.Heartbeat:input_type -> larder.master.v1.HeartbeatRequest
+	9,  // 24: larder.master.v1.Master.ListWorkers:input_type -> larder.master.v1.ListWorkersRequest
+	12, // 25: larder.master.v1.Master.CreateVolume:input_type -> larder.master.v1.CreateVolumeRequest
+	13, // 26: larder.master.v1.Master.DeleteVolume:input_type -> larder.master.v1.DeleteVolumeRequest
+	15, // 27: larder.master.v1.Master.GetVolume:input_type -> larder.master.v1.GetVolumeRequest
+	16, // 28: larder.master.v1.Master.ListVolumes:input_type -> larder.master.v1.ListVolumesRequest
+	18, // 29: larder.master.v1.Master.GetCapacity:input_type -> larder.master.v1.GetCapacityRequest
+	20, // 30: larder.master.v1.Master.PutMount:input_type -> larder.master.v1.Mount
+	22, // 31: larder.master.v1.Master.ListMounts:input_type -> larder.master.v1.ListMountsRequest
+	24, // 32: larder.master.v1.Master.DeleteMount:input_type -> larder.master.v1.DeleteMountRequest
+	26, // 33: larder.master.v1.Master.Locate:input_type -> larder.master.v1.LocateRequest
+	33, // 34: larder.master.v1.Master.Status:input_type -> larder.master.v1.StatusRequest
+	29, // 35: larder.master.v1.Inventory.Counters:input_type -> larder.master.v1.CountersRequest
+	31, // 36: larder.master.v1.Inventory.Held:input_type -> larder.master.v1.HeldRequest
+	6,  // 37: larder.master.v1.Master.RegisterWorker:output_type -> larder.master.v1.RegisterWorkerResponse
+	8,  // 38: larder.master.v1.Master.Heartbeat:output_type -> larder.master.v1.HeartbeatResponse
+	10, // 39: larder.master.v1.Master.ListWorkers:output_type -> larder.master.v1.ListWorkersResponse
+	11, // 40: larder.master.v1.Master.CreateVolume:output_type -> larder.master.v1.Volume
+	14, // 41: larder.master.v1.Master.DeleteVolume:output_type -> larder.master.v1.DeleteVolumeResponse
+	11, // 42: larder.master.v1.Master.GetVolume:output_type -> larder.master.v1.Volume
+	17, // 43: larder.master.v1.Master.ListVolumes:output_type -> larder.master.v1.ListVolumesResponse
+	19, // 44: larder.master.v1.Master.GetCapacity:output_type -> larder.master.v1.Capacity
+	21, // 45: larder.master.v1.Master.PutMount:output_type -> larder.master.v1.PutMountResponse
+	23, // 46: larder.master.v1.Master.ListMounts:output_type -> larder.master.v1.ListMountsResponse
+	25, // 47: larder.master.v1.Master.DeleteMount:output_type -> larder.master.v1.DeleteMountResponse
+	27, // 48: larder.master.v1.Master.Locate:output_type -> larder.master.v1.LocateResponse
+	34, // 49: larder.master.v1.Master.Status:output_type -> larder.master.v1.MasterStatus
+	30, // 50: larder.master.v1.Inventory.Counters:output_type -> larder.master.v1.WorkerCounters
+	32, // 51: larder.master.v1.Inventory.Held:output_type -> larder.master.v1.HeldResponse
+	37, // [37:52] is the sub-list for method output_type
+	22, // [22:37] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_master_masterpb_master_proto_init() }
@@ -1816,9 +2394,9 @@ func file_master_masterpb_master_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_master_masterpb_master_proto_rawDesc), len(file_master_masterpb_master_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   30,
+			NumMessages:   38,
 			NumExtensions: 0,
-			NumServices:   1,
+			NumServices:   2,
 		},
 		GoTypes:           file_master_masterpb_master_proto_goTypes,
 		DependencyIndexes: file_master_masterpb_master_proto_depIdxs,

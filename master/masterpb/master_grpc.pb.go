@@ -33,6 +33,7 @@ const (
 	Master_PutMount_FullMethodName       = "/larder.master.v1.Master/PutMount"
 	Master_ListMounts_FullMethodName     = "/larder.master.v1.Master/ListMounts"
 	Master_DeleteMount_FullMethodName    = "/larder.master.v1.Master/DeleteMount"
+	Master_Locate_FullMethodName         = "/larder.master.v1.Master/Locate"
 	Master_Status_FullMethodName         = "/larder.master.v1.Master/Status"
 )
 
@@ -50,7 +51,7 @@ type MasterClient interface {
 	RegisterWorker(ctx context.Context, in *RegisterWorkerRequest, opts ...grpc.CallOption) (*RegisterWorkerResponse, error)
 	// Heartbeat keeps the lease. A worker that is not registered is told so and nothing else happens.
 	Heartbeat(ctx context.Context, in *HeartbeatRequest, opts ...grpc.CallOption) (*HeartbeatResponse, error)
-	// ListWorkers lists the workers whose lease holds, by node.
+	// ListWorkers lists the workers whose lease holds, by node, and on request those that are gone.
 	ListWorkers(ctx context.Context, in *ListWorkersRequest, opts ...grpc.CallOption) (*ListWorkersResponse, error)
 	// CreateVolume is idempotent by name.
 	CreateVolume(ctx context.Context, in *CreateVolumeRequest, opts ...grpc.CallOption) (*Volume, error)
@@ -64,6 +65,9 @@ type MasterClient interface {
 	PutMount(ctx context.Context, in *Mount, opts ...grpc.CallOption) (*PutMountResponse, error)
 	ListMounts(ctx context.Context, in *ListMountsRequest, opts ...grpc.CallOption) (*ListMountsResponse, error)
 	DeleteMount(ctx context.Context, in *DeleteMountRequest, opts ...grpc.CallOption) (*DeleteMountResponse, error)
+	// Locate asks all workers what they have cached of an under-store URI. One that does not answer
+	// in time is listed as such.
+	Locate(ctx context.Context, in *LocateRequest, opts ...grpc.CallOption) (*LocateResponse, error)
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*MasterStatus, error)
 }
 
@@ -185,6 +189,16 @@ func (c *masterClient) DeleteMount(ctx context.Context, in *DeleteMountRequest, 
 	return out, nil
 }
 
+func (c *masterClient) Locate(ctx context.Context, in *LocateRequest, opts ...grpc.CallOption) (*LocateResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(LocateResponse)
+	err := c.cc.Invoke(ctx, Master_Locate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *masterClient) Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*MasterStatus, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(MasterStatus)
@@ -209,7 +223,7 @@ type MasterServer interface {
 	RegisterWorker(context.Context, *RegisterWorkerRequest) (*RegisterWorkerResponse, error)
 	// Heartbeat keeps the lease. A worker that is not registered is told so and nothing else happens.
 	Heartbeat(context.Context, *HeartbeatRequest) (*HeartbeatResponse, error)
-	// ListWorkers lists the workers whose lease holds, by node.
+	// ListWorkers lists the workers whose lease holds, by node, and on request those that are gone.
 	ListWorkers(context.Context, *ListWorkersRequest) (*ListWorkersResponse, error)
 	// CreateVolume is idempotent by name.
 	CreateVolume(context.Context, *CreateVolumeRequest) (*Volume, error)
@@ -223,6 +237,9 @@ type MasterServer interface {
 	PutMount(context.Context, *Mount) (*PutMountResponse, error)
 	ListMounts(context.Context, *ListMountsRequest) (*ListMountsResponse, error)
 	DeleteMount(context.Context, *DeleteMountRequest) (*DeleteMountResponse, error)
+	// Locate asks all workers what they have cached of an under-store URI. One that does not answer
+	// in time is listed as such.
+	Locate(context.Context, *LocateRequest) (*LocateResponse, error)
 	Status(context.Context, *StatusRequest) (*MasterStatus, error)
 	mustEmbedUnimplementedMasterServer()
 }
@@ -266,6 +283,9 @@ func (UnimplementedMasterServer) ListMounts(context.Context, *ListMountsRequest)
 }
 func (UnimplementedMasterServer) DeleteMount(context.Context, *DeleteMountRequest) (*DeleteMountResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeleteMount not implemented")
+}
+func (UnimplementedMasterServer) Locate(context.Context, *LocateRequest) (*LocateResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Locate not implemented")
 }
 func (UnimplementedMasterServer) Status(context.Context, *StatusRequest) (*MasterStatus, error) {
 	return nil, status.Error(codes.Unimplemented, "method Status not implemented")
@@ -489,6 +509,24 @@ func _Master_DeleteMount_Handler(srv interface{}, ctx context.Context, dec func(
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Master_Locate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(LocateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MasterServer).Locate(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Master_Locate_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MasterServer).Locate(ctx, req.(*LocateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Master_Status_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(StatusRequest)
 	if err := dec(in); err != nil {
@@ -559,8 +597,162 @@ var Master_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Master_DeleteMount_Handler,
 		},
 		{
+			MethodName: "Locate",
+			Handler:    _Master_Locate_Handler,
+		},
+		{
 			MethodName: "Status",
 			Handler:    _Master_Status_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "master/masterpb/master.proto",
+}
+
+const (
+	Inventory_Counters_FullMethodName = "/larder.master.v1.Inventory/Counters"
+	Inventory_Held_FullMethodName     = "/larder.master.v1.Inventory/Held"
+)
+
+// InventoryClient is the client API for Inventory service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Inventory is what a worker answers to a master, over TCP, at the first of its addresses: sums
+// and counters, of which none names an object, a key or a credential. Requests carry the key of the
+// worker's registration ("authorization: Bearer …"); UNAUTHENTICATED without it.
+type InventoryClient interface {
+	Counters(ctx context.Context, in *CountersRequest, opts ...grpc.CallOption) (*WorkerCounters, error)
+	// Held sums up what is cached under a URI that the asker has to know.
+	Held(ctx context.Context, in *HeldRequest, opts ...grpc.CallOption) (*HeldResponse, error)
+}
+
+type inventoryClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewInventoryClient(cc grpc.ClientConnInterface) InventoryClient {
+	return &inventoryClient{cc}
+}
+
+func (c *inventoryClient) Counters(ctx context.Context, in *CountersRequest, opts ...grpc.CallOption) (*WorkerCounters, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(WorkerCounters)
+	err := c.cc.Invoke(ctx, Inventory_Counters_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *inventoryClient) Held(ctx context.Context, in *HeldRequest, opts ...grpc.CallOption) (*HeldResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HeldResponse)
+	err := c.cc.Invoke(ctx, Inventory_Held_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// InventoryServer is the server API for Inventory service.
+// All implementations must embed UnimplementedInventoryServer
+// for forward compatibility.
+//
+// Inventory is what a worker answers to a master, over TCP, at the first of its addresses: sums
+// and counters, of which none names an object, a key or a credential. Requests carry the key of the
+// worker's registration ("authorization: Bearer …"); UNAUTHENTICATED without it.
+type InventoryServer interface {
+	Counters(context.Context, *CountersRequest) (*WorkerCounters, error)
+	// Held sums up what is cached under a URI that the asker has to know.
+	Held(context.Context, *HeldRequest) (*HeldResponse, error)
+	mustEmbedUnimplementedInventoryServer()
+}
+
+// UnimplementedInventoryServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedInventoryServer struct{}
+
+func (UnimplementedInventoryServer) Counters(context.Context, *CountersRequest) (*WorkerCounters, error) {
+	return nil, status.Error(codes.Unimplemented, "method Counters not implemented")
+}
+func (UnimplementedInventoryServer) Held(context.Context, *HeldRequest) (*HeldResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Held not implemented")
+}
+func (UnimplementedInventoryServer) mustEmbedUnimplementedInventoryServer() {}
+func (UnimplementedInventoryServer) testEmbeddedByValue()                   {}
+
+// UnsafeInventoryServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to InventoryServer will
+// result in compilation errors.
+type UnsafeInventoryServer interface {
+	mustEmbedUnimplementedInventoryServer()
+}
+
+func RegisterInventoryServer(s grpc.ServiceRegistrar, srv InventoryServer) {
+	// If the following call panics, it indicates UnimplementedInventoryServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Inventory_ServiceDesc, srv)
+}
+
+func _Inventory_Counters_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CountersRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(InventoryServer).Counters(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Inventory_Counters_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(InventoryServer).Counters(ctx, req.(*CountersRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Inventory_Held_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(HeldRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(InventoryServer).Held(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Inventory_Held_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(InventoryServer).Held(ctx, req.(*HeldRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// Inventory_ServiceDesc is the grpc.ServiceDesc for Inventory service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Inventory_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "larder.master.v1.Inventory",
+	HandlerType: (*InventoryServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Counters",
+			Handler:    _Inventory_Counters_Handler,
+		},
+		{
+			MethodName: "Held",
+			Handler:    _Inventory_Held_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -70,7 +70,8 @@ type Registration struct {
 	Node          string      `json:"node"` // one worker per node: the last to register
 	Version       string      `json:"version,omitempty"`
 	CapacityBytes int64       `json:"capacityBytes"`
-	Addresses     []string    `json:"addresses,omitempty"` // host:port, for peers
+	Addresses     []string    `json:"addresses,omitempty"` // ip:port; the first serves the master's questions
+	Key           string      `json:"key,omitempty"`       // what it wants to be shown with them; for masters only
 	Volumes       []Published `json:"volumes,omitempty"`
 }
 
@@ -79,6 +80,14 @@ type Registration struct {
 type Published struct {
 	Volume Volume `json:"volume"`
 	Inline bool   `json:"inline,omitempty"`
+	Pods   []Pod  `json:"pods,omitempty"`
+}
+
+// Pod is one that a volume is published to, as far as the kubelet told: the UID at least.
+type Pod struct {
+	Namespace string `json:"namespace,omitempty"`
+	Name      string `json:"name,omitempty"`
+	UID       string `json:"uid"`
 }
 
 // Beat is what a worker tells with a heartbeat. It is kept in memory only.
@@ -87,7 +96,7 @@ type Beat struct {
 	Holdings []Holding
 }
 
-// Stats count since the worker started, except for the first three.
+// Stats count since Started, except for the first three and the mounts, which are as of now.
 type Stats struct {
 	CachedBytes     int64
 	Objects         int64
@@ -98,6 +107,8 @@ type Stats struct {
 	HitChunks       uint64
 	MissChunks      uint64
 	EvictedBytes    uint64
+	Mounts          int64
+	Started         time.Time // the worker's process
 }
 
 // Holding sums up what a worker has cached of one volume's source.
@@ -107,13 +118,33 @@ type Holding struct {
 	Objects     int64
 }
 
-// Worker is a worker whose lease holds. Of its Volumes only the ids are kept.
+// Worker is a worker whose lease holds, or one that is gone and not forgotten. Of its
+// Volumes only the ids and pods are kept, and its Key is not told.
 type Worker struct {
 	Registration
 	Beat
 	Registered    time.Time
 	Seen          time.Time // last heartbeat; zero if none since the master started
 	ReservedBytes int64     // by volumes bound to its node
+	Gone          bool      // its lease has ended
+	Unanswered    string    // why it did not answer, where it was asked
+}
+
+// Held sums up what a worker has cached at a location.
+type Held struct {
+	CachedBytes     int64
+	Objects         int64
+	CompleteObjects int64
+	Stores          int64 // how many under stores have such a bucket or folder
+}
+
+// Located is what one worker holds.
+type Located struct {
+	Node       string
+	UUID       string
+	Addresses  []string
+	Held       Held
+	Unanswered string // why it is not known; "" if it is
 }
 
 // Capacity is that of one node or of all.

@@ -51,7 +51,7 @@ func TestValidateNamesAllMistakesOfARegistration(t *testing.T) {
 	}
 	err := record.Registration{UUID: "u", Node: "a/b", Version: "\x00", CapacityBytes: -1, Addresses: []string{"http://u:p@h"},
 		Volumes: []record.Published{{Volume: record.Volume{ID: "../x", Name: "a\nb", Node: strings.Repeat("n", 300), CapacityBytes: -2}}}}.Validate()
-	for _, want := range []string{"uuid", `node "a/b"`, "version", "capacity of -1", "user or password", `volume id "../x"`, `name "a\nb"`, `node "nnn`, "capacity of -2"} {
+	for _, want := range []string{"uuid", `node "a/b"`, "version", "capacity of -1", "address: want ip:port", `volume id "../x"`, `name "a\nb"`, `node "nnn`, "capacity of -2"} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q is not in %v", want, err)
 		}

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net/netip"
 	"net/url"
 	"path"
 	"regexp"
@@ -23,6 +24,7 @@ const (
 	maxMapBytes   = 16 << 10 // keys and values of a map together
 	maxPublished  = 4096     // volumes of one node
 	maxAddresses  = 64
+	maxPods       = 1024 // of one volume on one node
 )
 
 var idShape = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
@@ -99,14 +101,46 @@ func (r Registration) Validate() error {
 		errs = append(errs, fmt.Errorf("%d addresses; at most %d", len(r.Addresses), maxAddresses))
 	}
 	for _, a := range r.Addresses {
-		errs = append(errs, checkName("address", a), checkSecret("address", a))
+		errs = append(errs, checkAddress(a))
+	}
+	if len(r.Key) > maxName || !printable(r.Key) {
+		errs = append(errs, errors.New("key"))
 	}
 	for _, p := range r.Volumes {
-		if err := p.Volume.Validate(); err != nil {
+		if err := p.validate(); err != nil {
 			errs = append(errs, fmt.Errorf("volume %.128q: %w", p.Volume.ID, err))
 		}
 	}
 	return invalid(errs)
+}
+
+func (p Published) validate() error {
+	errs := []error{p.Volume.Validate()}
+	if len(p.Pods) > maxPods {
+		errs = append(errs, fmt.Errorf("%d pods; at most %d", len(p.Pods), maxPods))
+	}
+	for _, pod := range p.Pods {
+		for name, text := range map[string]string{"namespace": pod.Namespace, "name": pod.Name, "uid": pod.UID} {
+			if len(text) > maxName || !printable(text) {
+				errs = append(errs, fmt.Errorf("pod's %s %.40q", name, text))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// checkAddress takes only what the master may connect to because a worker, or who says he is
+// one, told it to: no names, and no link-local address, where clouds have their metadata.
+func checkAddress(a string) error {
+	ap, err := netip.ParseAddrPort(a)
+	if err != nil {
+		return errors.New("address: want ip:port") // not its text: it may hold a password
+	}
+	ip := ap.Addr().Unmap()
+	if ip.IsUnspecified() || ip.IsMulticast() || ip.IsLinkLocalUnicast() || ap.Port() == 0 {
+		return fmt.Errorf("address %s: want that of a pod or host, with a port", ap)
+	}
+	return nil
 }
 
 // CheckWorker checks who a worker says it is.

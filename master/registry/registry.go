@@ -2,7 +2,8 @@
 //
 // What a method acknowledged is in etcd; nothing is decided from memory. Every change is one
 // transaction that compares what it was decided from, so several masters may share one etcd.
-// A worker's record lives under an etcd lease that its heartbeats keep; a deleted volume
+// A worker's record lives under an etcd lease that its heartbeats keep, and a copy of it under
+// a longer one, so that a worker that is gone can be named as such; a deleted volume
 // leaves a tombstone, or the next registration that still shows it would bring it back.
 package registry
 
@@ -27,6 +28,7 @@ type Config struct {
 	Etcd   *clientv3.Client
 	Prefix string        // of all keys, ending in "/"
 	Lease  time.Duration // of a worker; whole seconds
+	Forget time.Duration // a worker from its last heartbeat on; whole seconds, more than Lease
 	Log    *slog.Logger
 }
 
@@ -35,6 +37,7 @@ type Registry struct {
 	kv     *clientv3.Client
 	prefix string
 	lease  time.Duration
+	forget time.Duration
 	log    *slog.Logger
 
 	mu    sync.Mutex      // guards beats; never held across a call of etcd
@@ -49,7 +52,7 @@ type beat struct {
 
 // New does no I/O.
 func New(cfg Config) *Registry {
-	return &Registry{kv: cfg.Etcd, prefix: cfg.Prefix, lease: cfg.Lease, log: cfg.Log, beats: map[string]beat{}}
+	return &Registry{kv: cfg.Etcd, prefix: cfg.Prefix, lease: cfg.Lease, forget: cfg.Forget, log: cfg.Log, beats: map[string]beat{}}
 }
 
 // The folders of keys below the prefix.
@@ -58,6 +61,7 @@ const (
 	deleted  = "deleted/"  // id → "", under a lease of its own
 	reserved = "reserved/" // node → bytes, the sum over its volumes
 	workers  = "workers/"  // node → worker, under the worker's lease
+	known    = "known/"    // node → worker, as above, under a longer lease: workers that are gone are shown for a while
 	mounts   = "mounts"    // path, which begins with "/" → record.Mount
 )
 

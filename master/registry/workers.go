@@ -17,7 +17,9 @@ import (
 // about them is in their own records.
 type worker struct {
 	record.Registration
-	Registered time.Time `json:"registered"`
+	Registered time.Time        `json:"registered"`
+	Alive      clientv3.LeaseID `json:"alive"` // of this record
+	Known      clientv3.LeaseID `json:"known"` // of its copy
 }
 
 // Register makes the worker that of its node, and remembers the volumes it shows. When it
@@ -29,22 +31,61 @@ func (r *Registry) Register(ctx context.Context, reg record.Registration) (lease
 	if err := r.rememberAll(ctx, reg.Volumes); err != nil {
 		return 0, fmt.Errorf("register worker of %s: %w", reg.Node, err)
 	}
-	grant, err := r.kv.Grant(ctx, int64(r.lease/time.Second))
+	had, err := r.kv.Get(ctx, r.key(known, reg.Node))
 	if err != nil {
 		return 0, unavailable("register worker", err)
 	}
 	w := worker{Registration: reg, Registered: time.Now().UTC()}
+	if w.Alive, w.Known, err = r.leases(ctx, first(had.Kvs), reg.UUID); err != nil {
+		return 0, unavailable("register worker", err)
+	}
 	w.Volumes = make([]record.Published, len(reg.Volumes))
 	for i, p := range reg.Volumes {
-		w.Volumes[i] = record.Published{Volume: record.Volume{ID: p.Volume.ID}, Inline: p.Inline}
+		w.Volumes[i] = record.Published{Volume: record.Volume{ID: p.Volume.ID}, Inline: p.Inline, Pods: p.Pods}
 	}
-	resp, err := r.kv.Put(ctx, r.key(workers, reg.Node), encode(w), clientv3.WithLease(grant.ID), clientv3.WithPrevKV())
+	resp, err := r.kv.Txn(ctx).Then(
+		clientv3.OpPut(r.key(workers, reg.Node), encode(w), clientv3.WithLease(w.Alive), clientv3.WithPrevKV()),
+		clientv3.OpPut(r.key(known, reg.Node), encode(w), clientv3.WithLease(w.Known)),
+	).Commit()
 	if err != nil {
 		return 0, unavailable("register worker", err)
 	}
-	r.logRegistered(reg, resp.PrevKv)
+	r.logRegistered(reg, resp.Responses[0].GetResponsePut().PrevKv)
 	r.keepSeen(reg.Node, reg.UUID)
 	return r.lease, nil
+}
+
+// leases keeps those that the worker has: it registers often, and each lease lasts.
+func (r *Registry) leases(ctx context.Context, had *mvccpb.KeyValue, uuid string) (alive, knownAs clientv3.LeaseID, err error) {
+	var old worker
+	if had != nil {
+		if old, err = decode[worker](had); err != nil || old.UUID != uuid {
+			old = worker{}
+		}
+	}
+	if alive, err = r.keepLease(ctx, old.Alive, r.lease); err == nil {
+		knownAs, err = r.keepLease(ctx, old.Known, r.forget)
+	}
+	return alive, knownAs, err
+}
+
+// keepLease renews the lease, or grants one of that length in its place.
+func (r *Registry) keepLease(ctx context.Context, id clientv3.LeaseID, length time.Duration) (clientv3.LeaseID, error) {
+	seconds := int64(length / time.Second)
+	if id != clientv3.NoLease {
+		kept, err := r.kv.KeepAliveOnce(ctx, id)
+		if err == nil && kept.TTL == seconds {
+			return id, nil
+		}
+		if err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
+			return id, err
+		}
+	}
+	grant, err := r.kv.Grant(ctx, seconds)
+	if err != nil {
+		return id, err
+	}
+	return grant.ID, nil
 }
 
 func (r *Registry) logRegistered(reg record.Registration, prev *mvccpb.KeyValue) {
@@ -125,12 +166,14 @@ func (r *Registry) Heartbeat(ctx context.Context, uuid, node string, b record.Be
 	if w.UUID != uuid {
 		return false, r.lease, nil
 	}
-	_, err = r.kv.KeepAliveOnce(ctx, clientv3.LeaseID(kv.Lease))
-	if errors.Is(err, rpctypes.ErrLeaseNotFound) {
-		return false, r.lease, nil
-	}
-	if err != nil {
-		return false, 0, unavailable("heartbeat", err)
+	for _, id := range []clientv3.LeaseID{w.Known, w.Alive} { // this order: who is alive is known
+		_, err = r.kv.KeepAliveOnce(ctx, id)
+		if errors.Is(err, rpctypes.ErrLeaseNotFound) {
+			return false, r.lease, nil
+		}
+		if err != nil {
+			return false, 0, unavailable("heartbeat", err)
+		}
 	}
 	r.keepBeat(node, uuid, b)
 	return true, r.lease, nil
@@ -156,7 +199,7 @@ func (r *Registry) keepSeen(node, uuid string) {
 
 // Workers returns the workers whose lease holds, by node.
 func (r *Registry) Workers(ctx context.Context) ([]record.Worker, error) {
-	kept, err := r.kept(ctx)
+	kept, err := r.kept(ctx, workers)
 	if err != nil {
 		return nil, err
 	}
@@ -178,8 +221,41 @@ func (r *Registry) Workers(ctx context.Context) ([]record.Worker, error) {
 	return ws, nil
 }
 
-func (r *Registry) kept(ctx context.Context) ([]worker, error) {
-	resp, err := r.kv.Get(ctx, r.key(workers, ""), clientv3.WithPrefix())
+// Gone returns the workers whose lease has ended and that are not forgotten, by node.
+func (r *Registry) Gone(ctx context.Context) ([]record.Worker, error) {
+	all, err := r.kept(ctx, known)
+	if err != nil {
+		return nil, err
+	}
+	alive, err := r.kept(ctx, workers) // later: who is in neither has come meanwhile
+	if err != nil {
+		return nil, err
+	}
+	here := map[string]bool{}
+	for _, w := range alive {
+		here[w.Node] = true
+	}
+	var gone []record.Worker
+	for _, w := range all {
+		if here[w.Node] {
+			continue
+		}
+		ttl, err := r.kv.TimeToLive(ctx, w.Known)
+		if err != nil {
+			return nil, unavailable("list workers", err)
+		}
+		if ttl.TTL <= 0 { // forgotten just now
+			continue
+		}
+		seen := time.Now().Add(time.Duration(ttl.TTL)*time.Second - r.forget).UTC()
+		gone = append(gone, record.Worker{Registration: w.Registration, Registered: w.Registered, Seen: seen, Gone: true})
+	}
+	return gone, nil
+}
+
+// kept returns what is in the folder workers or known.
+func (r *Registry) kept(ctx context.Context, folder string) ([]worker, error) {
+	resp, err := r.kv.Get(ctx, r.key(folder, ""), clientv3.WithPrefix())
 	if err != nil {
 		return nil, unavailable("list workers", err)
 	}
@@ -194,7 +270,7 @@ func (r *Registry) kept(ctx context.Context) ([]worker, error) {
 
 // published returns the nodes, in order, where each volume is published.
 func (r *Registry) published(ctx context.Context) (map[string][]string, error) {
-	ws, err := r.kept(ctx)
+	ws, err := r.kept(ctx, workers)
 	if err != nil {
 		return nil, err
 	}
@@ -213,7 +289,7 @@ func (r *Registry) Run(ctx context.Context) error {
 	defer t.Stop()
 	var before []worker
 	for {
-		if ws, err := r.kept(ctx); err == nil { // else etcd is away, which is no worker's fault
+		if ws, err := r.kept(ctx, workers); err == nil { // else etcd is away, which is no worker's fault
 			r.logLost(before, ws)
 			before = ws
 		}
