@@ -1,0 +1,123 @@
+package cachestore
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/cockroachdb/pebble/v2"
+
+	"github.com/larderfs/larder/cacheworker/object"
+)
+
+// Sum is what [Store.Sum] counts.
+type Sum struct {
+	Objects         int64
+	CompleteObjects int64
+	PresentBytes    int64
+	Stores          int64 // under stores that were looked into
+}
+
+// Sum counts the cached objects that are wanted. want is called once per under store and says
+// which of its keys are, or nil for none; keys are not to be kept. They are in the index only, so
+// this is one pass over that: not for the path of a read.
+func (s *Store) Sum(ctx context.Context, want func(object.Store) func(key []byte) bool) (sum Sum, err error) {
+	wanted := map[object.Store]func([]byte) bool{}
+	err = s.index.eachObject(ctx, func(id object.ID, nonce uint64, o objectRecord) {
+		f, met := wanted[object.Store(o.store)]
+		if !met {
+			f = want(object.Store(o.store))
+			wanted[object.Store(o.store)] = f
+			if f != nil {
+				sum.Stores++
+			}
+		}
+		if f != nil && f(o.key) {
+			s.addTo(&sum, id, nonce)
+		}
+	})
+	if err != nil {
+		return Sum{}, fmt.Errorf("sum the cache up: %w", err)
+	}
+	return sum, nil
+}
+
+// addTo counts an object, if the record is that of its cache file.
+func (s *Store) addTo(sum *Sum, id object.ID, nonce uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := s.entries[id]
+	if e == nil || e.nonce != nonce {
+		return
+	}
+	sum.Objects++
+	sum.PresentBytes += e.presentBytes()
+	if e.complete() {
+		sum.CompleteObjects++
+	}
+}
+
+// objectRecord is what a record says its object is; valid until the next one is read.
+type objectRecord struct {
+	store, key []byte
+	sizeBytes  int64
+}
+
+// eachObject calls f for each object's record. It ends with ctx, and with the index.
+func (x *index) eachObject(ctx context.Context, f func(object.ID, uint64, objectRecord)) error {
+	x.reading.RLock()
+	defer x.reading.RUnlock()
+	if x.closed {
+		return errIndex
+	}
+	it, err := x.db.NewIterWithContext(ctx, &pebble.IterOptions{LowerBound: []byte{spaceFile}, UpperBound: []byte{spaceFile + 1}})
+	if err != nil {
+		return err
+	}
+	for valid, n := it.First(), 0; valid; n++ {
+		if n%1024 == 0 {
+			select {
+			case <-ctx.Done():
+				return errors.Join(context.Cause(ctx), it.Close())
+			case <-x.quit: // close waits for this pass
+				return errors.Join(errIndex, it.Close())
+			default:
+			}
+		}
+		k := it.Key()
+		if len(k) != filePrefixLen+1 || k[filePrefixLen] != kindObject {
+			valid = it.Next()
+			continue
+		}
+		v, err := it.ValueAndErr()
+		if err != nil {
+			return errors.Join(err, it.Close())
+		}
+		o, ok := readObject(v)
+		if ok {
+			f(object.ID(k[1:17]), binary.BigEndian.Uint64(k[17:]), o)
+		}
+		if o.sizeBytes > manyChunks*object.ChunkSize {
+			valid = it.SeekGE(after(k[:filePrefixLen]))
+		} else {
+			valid = it.Next()
+		}
+	}
+	return errors.Join(it.Error(), it.Close())
+}
+
+// manyChunks have more records than it costs to look the next file up.
+const manyChunks = 64
+
+// readObject is decodeObject with the key.
+func readObject(v []byte) (o objectRecord, ok bool) {
+	store, size, ok := decodeObject(v)
+	if !ok {
+		return o, false
+	}
+	n, w := binary.Uvarint(v)
+	v = v[w+int(n):]
+	n, w = binary.Uvarint(v)
+	return objectRecord{store, v[w : w+int(n)], size}, true
+}
