@@ -41,12 +41,12 @@ func (p Pod) String() string {
 	return fmt.Sprintf("pod %s/%s", p.Namespace, p.Name)
 }
 
-// Health finds pods whose volumes have died under them: a container keeps the mounts that it
+// podHealth finds pods whose volumes have died under them: a container keeps the mounts that it
 // was started with, so such a pod must be started again.
 //
 // It asks the kernel, the broker and the kubelet's directory each time, so that it finds after
 // a restart of this process what happened before. What it remembers only saves questions.
-type Health struct {
+type podHealth struct {
 	broker  Broker
 	stats   Stats
 	pods    Pods // nil outside of a cluster: pods have no names then, and nobody is told
@@ -74,9 +74,8 @@ type use struct {
 	target string // where the kubelet has it mounted
 }
 
-// NewHealth makes one for the node whose kubelet's directory it is. pods may be nil.
-func NewHealth(broker Broker, stats Stats, pods Pods, kubelet string, log *slog.Logger) *Health {
-	return &Health{broker: broker, stats: stats, pods: pods, kubelet: kubelet, log: log, wake: make(chan struct{}, 1),
+func newPodHealth(broker Broker, stats Stats, pods Pods, kubelet string, log *slog.Logger) *podHealth {
+	return &podHealth{broker: broker, stats: stats, pods: pods, kubelet: kubelet, log: log, wake: make(chan struct{}, 1),
 		losses: map[string]loss{}, verified: map[use]time.Time{}, away: map[string]time.Time{}}
 }
 
@@ -86,26 +85,26 @@ const (
 	settled        = 5 * time.Second  // what the kubelet is about to mount, or has unmounted, does not look like that for longer
 )
 
-// Lost is called by who has given up mounts, or has found them dead, with their paths.
-func (h *Health) Lost(paths []string, why string) {
+func (h *podHealth) lost(paths []string, why string) {
+	if h == nil {
+		return
+	}
 	h.mu.Lock()
 	for _, p := range paths {
 		h.losses[p] = loss{time.Now(), why, true}
 	}
 	h.mu.Unlock()
-	h.Wake()
-}
-
-// Wake has the volumes looked at now.
-func (h *Health) Wake() {
 	select {
 	case h.wake <- struct{}{}:
 	default:
 	}
 }
 
-// Run looks again and again, until ctx ends.
-func (h *Health) Run(ctx context.Context) error {
+// run looks again and again, until ctx ends.
+func (h *podHealth) run(ctx context.Context) error {
+	if h == nil {
+		return nil
+	}
 	tick := time.NewTicker(healthInterval)
 	defer tick.Stop()
 	for {
@@ -122,7 +121,7 @@ func (h *Health) Run(ctx context.Context) error {
 }
 
 // look tells every pod what it should know now.
-func (h *Health) look(ctx context.Context) error {
+func (h *podHealth) look(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	uses, err := h.uses()
@@ -142,7 +141,7 @@ func (h *Health) look(ctx context.Context) error {
 	return errors.Join(append(errs, h.lookForWorkers(ctx, uses))...)
 }
 
-func (h *Health) warn(ctx context.Context, p Pod, u use, reason, message string) error {
+func (h *podHealth) warn(ctx context.Context, p Pod, u use, reason, message string) error {
 	if h.pods == nil || p.Name == "" {
 		return nil
 	}
@@ -161,8 +160,8 @@ func (b breakage) message() string {
 		"Restart the pod: kubectl delete pod -n %s %s", b.use.name, b.why, b.pod.Namespace, b.pod.Name)
 }
 
-// Broken are the pods that must be started again for a volume. A nil Health knows of none.
-func (h *Health) Broken(ctx context.Context, volumeID string) ([]Pod, error) {
+// mustRestart are the pods that must be started again for a volume.
+func (h *podHealth) mustRestart(ctx context.Context, volumeID string) ([]Pod, error) {
 	if h == nil {
 		return nil, nil
 	}
@@ -182,7 +181,7 @@ func (h *Health) Broken(ctx context.Context, volumeID string) ([]Pod, error) {
 const bothDied = "its cache worker and the node plugin had both died"
 
 // broken are those of uses that died under a container that still runs.
-func (h *Health) broken(ctx context.Context, uses []use) ([]breakage, error) {
+func (h *podHealth) broken(ctx context.Context, uses []use) ([]breakage, error) {
 	if len(uses) == 0 {
 		return nil, nil
 	}
@@ -216,7 +215,7 @@ func (h *Health) broken(ctx context.Context, uses []use) ([]breakage, error) {
 }
 
 // suspect says when and why what containers have mounted of a use may have died. One that started later is fine.
-func (h *Health) suspect(ctx context.Context, v view, u use) (loss, bool) {
+func (h *podHealth) suspect(ctx context.Context, v view, u use) (loss, bool) {
 	l, said := h.loss(u.target)
 	m, held := v.volume(u.volume)
 	p, mounted := v.table.At(u.target)
@@ -241,7 +240,7 @@ func (h *Health) suspect(ctx context.Context, v view, u use) (loss, bool) {
 
 // convict holds a suspicion against the pod's containers. Outside of a cluster only what is
 // sure counts.
-func (h *Health) convict(u use, l loss, pods map[string]Pod) (Pod, bool) {
+func (h *podHealth) convict(u use, l loss, pods map[string]Pod) (Pod, bool) {
 	p, ok := pods[u.pod]
 	if h.pods == nil {
 		return Pod{UID: u.pod}, true
@@ -259,7 +258,7 @@ func (h *Health) convict(u use, l loss, pods map[string]Pod) (Pod, bool) {
 	return p, false
 }
 
-func (h *Health) loss(target string) (loss, bool) {
+func (h *podHealth) loss(target string) (loss, bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	l, ok := h.losses[target]
@@ -267,7 +266,7 @@ func (h *Health) loss(target string) (loss, bool) {
 }
 
 // seen notes what looks like a loss, and reports it when it has looked so for a while.
-func (h *Health) seen(target string) (loss, bool) {
+func (h *podHealth) seen(target string) (loss, bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	l, ok := h.losses[target]
@@ -279,7 +278,7 @@ func (h *Health) seen(target string) (loss, bool) {
 }
 
 // acquit drops what was only suspected.
-func (h *Health) acquit(target string) {
+func (h *podHealth) acquit(target string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if !h.losses[target].sure {
@@ -288,21 +287,21 @@ func (h *Health) acquit(target string) {
 }
 
 // verify notes that all containers of a use started after t: what is told of before is over.
-func (h *Health) verify(u use, t time.Time) {
+func (h *podHealth) verify(u use, t time.Time) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.verified[u] = t
 	delete(h.losses, u.target)
 }
 
-func (h *Health) isVerified(u use, since time.Time) bool {
+func (h *podHealth) isVerified(u use, since time.Time) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.verified[u].Equal(since)
 }
 
 // forget drops what is remembered of volumes that are used no more.
-func (h *Health) forget(uses []use) {
+func (h *podHealth) forget(uses []use) {
 	there := map[string]bool{}
 	for _, u := range uses {
 		there[u.target] = true
@@ -314,7 +313,7 @@ func (h *Health) forget(uses []use) {
 }
 
 // lookForWorkers tells pods whose volumes wait for a worker that nothing is lost.
-func (h *Health) lookForWorkers(ctx context.Context, uses []use) error {
+func (h *podHealth) lookForWorkers(ctx context.Context, uses []use) error {
 	if h.pods == nil || len(uses) == 0 {
 		return nil
 	}
@@ -346,7 +345,7 @@ func (h *Health) lookForWorkers(ctx context.Context, uses []use) error {
 }
 
 // isAway reports whether a volume has been without a worker for a while.
-func (h *Health) isAway(id string, now bool) bool {
+func (h *podHealth) isAway(id string, now bool) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if !now {
@@ -361,7 +360,7 @@ func (h *Health) isAway(id string, now bool) bool {
 
 // uses reads what the kubelet keeps of the volumes of its pods. It never looks below a
 // directory where a volume may be mounted.
-func (h *Health) uses() ([]use, error) {
+func (h *podHealth) uses() ([]use, error) {
 	pods, err := names(filepath.Join(h.kubelet, "pods"))
 	if err != nil {
 		return nil, fmt.Errorf("pods of the kubelet: %w", err)

@@ -51,7 +51,7 @@ type node struct {
 	stats  Stats
 	log    *slog.Logger
 	ready  func(context.Context) error
-	health *Health // nil: see Config
+	health *podHealth // nil without a kubelet
 	busy   inFlight
 }
 
@@ -64,7 +64,11 @@ func newNode(cfg Config, rules rules, broker Broker, stats Stats) (*node, error)
 	if err != nil {
 		return nil, fmt.Errorf("csi node: run directory: %w", err)
 	}
-	return &node{id: cfg.NodeID, inline: inline, rules: rules, broker: broker, stats: stats, log: cfg.Log, ready: cfg.Ready, health: cfg.Health}, nil
+	n := &node{id: cfg.NodeID, inline: inline, rules: rules, broker: broker, stats: stats, log: cfg.Log, ready: cfg.Ready}
+	if cfg.KubeletDir != "" {
+		n.health = newPodHealth(broker, stats, cfg.Pods, cfg.KubeletDir, cfg.Log)
+	}
+	return n, nil
 }
 
 func (n *node) NodeGetInfo(context.Context, *csi.NodeGetInfoRequest) (*csi.NodeGetInfoResponse, error) {

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
@@ -43,8 +44,10 @@ type Config struct {
 	FileRoot        string   // file:// sources must be below it; "" allows none
 	InlineEndpoints []string // endpoints that inline volumes may name
 
-	// Health knows which pods must be started again; nil: nobody does. Run by whoever made it.
-	Health *Health
+	// KubeletDir is the kubelet's root directory, for the health of volumes; "" looks at no pods.
+	KubeletDir string
+	Pods       Pods // nil outside of a cluster
+
 	// Ready returns nil if a volume can be published now, else why not.
 	Ready func(context.Context) error
 	// CallTimeout bounds a call whose caller set no deadline; 0 means 2 minutes.
@@ -70,6 +73,9 @@ func (c Config) Validate() error {
 	if c.Node && !filepath.IsAbs(c.RunDir) {
 		errs = append(errs, fmt.Errorf("csi node: run directory %q is not an absolute path", c.RunDir))
 	}
+	if c.KubeletDir != "" && !filepath.IsAbs(c.KubeletDir) {
+		errs = append(errs, fmt.Errorf("csi node: the kubelet's directory %q is not an absolute path", c.KubeletDir))
+	}
 	if _, err := newRules(c.FileRoot, c.InlineEndpoints); err != nil {
 		errs = append(errs, err)
 	}
@@ -89,6 +95,7 @@ type Server struct {
 	cfg    Config
 	socket string
 	grpc   *grpc.Server
+	health *podHealth // nil for a controller, and without a kubelet
 }
 
 // New checks the configuration and wires the services. volumes is for the controller,
@@ -125,6 +132,7 @@ func New(cfg Config, volumes Volumes, broker Broker, stats Stats) (*Server, erro
 		if err != nil {
 			return nil, err
 		}
+		s.health = n.health
 		csi.RegisterNodeServer(s.grpc, n)
 	}
 	return s, nil
@@ -140,8 +148,14 @@ func (s *Server) Run(ctx context.Context) error {
 		return fmt.Errorf("csi: %w", err)
 	}
 	defer os.Remove(s.socket)
-	return s.serve(ctx, l)
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return s.serve(ctx, l) })
+	g.Go(func() error { return s.health.run(ctx) })
+	return g.Wait()
 }
+
+// Lost is called by who has given up mounts, or has found them dead, with their paths.
+func (s *Server) Lost(paths []string, why string) { s.health.lost(paths, why) }
 
 func (s *Server) serve(ctx context.Context, l net.Listener) error {
 	stopped := make(chan struct{})

@@ -96,7 +96,7 @@ func (n *node) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVolumeHe
 	if err != nil {
 		return nil, err
 	}
-	broken, err := n.health.Broken(ctx, id)
+	broken, err := n.health.mustRestart(ctx, id)
 	if err != nil {
 		return nil, err
 	}
