@@ -262,10 +262,16 @@ func (s *Store) probeIfDue() bool {
 	return due && s.probe()
 }
 
-// janitor releases held files and keeps the file system's free room when others write to
-// it. After an unclean stop it also counts what Puts that never ended left on the disk.
+// janitor removes what belongs to no object, releases held files and keeps the file system's free
+// room when others write to it. After an unclean stop it also counts what Puts that never ended left
+// on the disk.
 func (s *Store) janitor(ctx context.Context, unclean bool) {
 	defer close(s.done)
+	s.reserve(0, 0) // the capacity may be a smaller one
+	if err := s.sweep(ctx); err != nil {
+		s.log.Warn("look for cache files that belong to no object", "dir", s.cfg.Dir, "err", err)
+	}
+	close(s.swept)
 	var unaudited []*entry
 	if unclean {
 		unaudited = s.all()

@@ -6,6 +6,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -118,7 +119,7 @@ func (s *Store) openFile(f *File, fresh bool) (*os.File, error) {
 		file, err = s.dir.open(name, unix.O_RDWR, 0)
 	}
 	if errors.Is(err, fs.ErrNotExist) && !s.handed.Load() {
-		file, err = s.dir.open(name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, 0o644)
+		file, err = s.createFile(name)
 	}
 	if err != nil {
 		return nil, err
@@ -129,6 +130,9 @@ func (s *Store) openFile(f *File, fresh bool) (*os.File, error) {
 		}
 		return file, nil
 	}
+	s.mu.Lock()
+	f.e.seen = true
+	s.mu.Unlock()
 	st, err := file.Stat()
 	if err != nil {
 		return nil, errors.Join(err, file.Close())
@@ -139,6 +143,19 @@ func (s *Store) openFile(f *File, fresh bool) (*os.File, error) {
 		}
 	})
 	return file, nil
+}
+
+// createFile makes a cache file, and its folder if it is the first one there.
+func (s *Store) createFile(name string) (*os.File, error) {
+	const flags = unix.O_RDWR | unix.O_CREAT | unix.O_EXCL
+	f, err := s.dir.open(name, flags, 0o644)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return f, err
+	}
+	if err := s.dir.mkdir(path.Dir(name)); err != nil {
+		return nil, err
+	}
+	return s.dir.open(name, flags, 0o644)
 }
 
 // recordEmpty enters an object of no bytes, which nobody will Put.

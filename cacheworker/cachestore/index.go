@@ -118,6 +118,7 @@ type index struct {
 	writes chan indexWrite
 	quit   chan struct{} // closed by close
 	done   chan struct{} // closed when the writer has ended
+	synced chan struct{} // closed when what openDB left unsynced is on the disk
 	broken chan struct{} // closed by fail: nothing more is written
 	failed sync.Once
 	stuck  chan struct{} // closed by giveUp: not even closing the database is safe
@@ -141,7 +142,7 @@ func openIndex(d dir, log *slog.Logger) (*index, error) {
 	x := &index{
 		dir: d, log: log,
 		writes: make(chan indexWrite, 64),
-		quit:   make(chan struct{}), done: make(chan struct{}),
+		quit:   make(chan struct{}), done: make(chan struct{}), synced: make(chan struct{}),
 		broken: make(chan struct{}), stuck: make(chan struct{}),
 	}
 	db, err := x.openDB()
@@ -165,8 +166,9 @@ func (x *index) openDB() (*pebble.DB, error) {
 	}
 	opened := make(chan result, 1)
 	go func() {
+		late := &lateFS{FS: vfs.Default}
 		db, err := pebble.Open(x.dir.path()+"/db", &pebble.Options{
-			FS:            kernelFS{vfs.Default},
+			FS:            kernelFS{late},
 			Logger:        pebbleLog{x},
 			EventListener: x.listener(),
 			// Before the format whose log marks what was synced: ours says so without being so.
@@ -175,6 +177,10 @@ func (x *index) openDB() (*pebble.DB, error) {
 			MaxOpenFiles:       256,
 		})
 		opened <- result{db, err}
+		if err := late.settle(); err != nil {
+			x.fail(err)
+		}
+		close(x.synced)
 	}()
 	select {
 	case r := <-opened:
@@ -437,6 +443,7 @@ func (x *index) close() error {
 	x.reading.Lock()
 	x.closed = true
 	x.reading.Unlock()
+	<-x.synced
 	err := x.db.Close()
 	if x.isBroken() {
 		err = errors.Join(errIndex, err)

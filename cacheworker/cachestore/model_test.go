@@ -53,6 +53,7 @@ func (m *model) open() {
 	if err != nil {
 		m.t.Fatal(err)
 	}
+	<-s.swept
 	m.s = s
 }
 

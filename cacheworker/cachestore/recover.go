@@ -19,11 +19,7 @@ func (s *Store) recover() (unclean bool, err error) {
 	if err := errors.Join(s.dir.mkdir(objectsName), s.dir.mkdir(heldName)); err != nil {
 		return false, err
 	}
-	scanned := make(chan scan, 1)
-	go func() { scanned <- s.scan() }() // beside the index: both are long with a million objects
-	err = s.openAndLoad()
-	found := <-scanned
-	if err != nil {
+	if err = s.openAndLoad(); err != nil {
 		if !indexIsLost(err) {
 			return false, fmt.Errorf("index: %w", err)
 		}
@@ -31,9 +27,8 @@ func (s *Store) recover() (unclean bool, err error) {
 		if err := s.startEmpty(); err != nil {
 			return false, err
 		}
-		found = s.scan()
 	}
-	if err := s.matchFiles(found); err != nil {
+	if err := errors.Join(s.restoreAll(), s.findHeld()); err != nil {
 		return false, errors.Join(err, s.index.close())
 	}
 	clean, err := s.index.get(metaClean)
@@ -216,64 +211,21 @@ func (s *Store) loadChunk(e *entry, key, v []byte) {
 	}
 }
 
-// scan is what lies in the folders of cache files.
-type scan struct {
-	files     []heldKey
-	strangers []string // paths of files that are none
-	err       error
-}
-
-func (s *Store) scan() (found scan) {
-	for shard := range 256 {
-		folder := fmt.Sprintf("%s/%02x", objectsName, shard)
-		names, err := s.dir.names(folder)
-		if errors.Is(err, fs.ErrNotExist) {
-			err = s.dir.mkdir(folder)
+// restoreAll counts what the index knows. Files are looked for later (sweep): one that is missing
+// when it is opened is made again, without the chunks (openFile).
+func (s *Store) restoreAll() error {
+	for id, e := range s.entries {
+		if e.present.Load() > 0 || e.size == 0 {
+			s.restore(e)
+			continue
 		}
-		if err != nil {
-			found.err = err
-			return found
-		}
-		for _, name := range names {
-			if id, nonce, ok := parseFileName(name); ok && int(id[0]) == shard {
-				found.files = append(found.files, heldKey{id, nonce})
-			} else {
-				found.strangers = append(found.strangers, folder+"/"+name)
-			}
-		}
-	}
-	return found
-}
-
-// matchFiles removes files without an entry and entries without a file, and counts what is left.
-func (s *Store) matchFiles(found scan) error {
-	if found.err != nil {
-		return found.err
-	}
-	for _, f := range found.files {
-		if e := s.entries[f.id]; e != nil && e.nonce == f.nonce {
-			e.seen = true
-		} else {
-			found.strangers = append(found.strangers, objectPath(f.id, f.nonce))
-		}
-	}
-	for _, name := range found.strangers {
-		if err := s.dir.unlink(name); err != nil {
+		delete(s.entries, id)
+		s.deleteRecords(id, e.nonce)
+		if err := s.dir.unlink(objectPath(id, e.nonce)); err != nil {
 			return err
 		}
 	}
-	for id, e := range s.entries {
-		if !e.seen || e.present.Load() == 0 && e.size > 0 {
-			delete(s.entries, id)
-			s.deleteRecords(id, e.nonce)
-			if err := s.dir.unlink(objectPath(id, e.nonce)); err != nil {
-				return err
-			}
-			continue
-		}
-		s.restore(e)
-	}
-	return s.findHeld()
+	return nil
 }
 
 func (s *Store) restore(e *entry) {

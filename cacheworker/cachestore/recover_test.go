@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -172,6 +173,42 @@ func TestFilesOfNoObjectAreRemoved(t *testing.T) {
 		t.Errorf("%d files", n)
 	}
 	wantChunk(t, lease(t, s, o), 0)
+}
+
+// TestAMissingFileIsAMiss: before the sweep, by it, and not under somebody's hands.
+func TestAMissingFileIsAMiss(t *testing.T) {
+	cfg := testConfig(t, t.TempDir(), 64*chunk)
+	s := open(t, cfg)
+	a, b, c := obj("a", chunk), obj("b", chunk), obj("c", chunk)
+	fill(t, s, a, b, c)
+	f := lease(t, s, c)
+	var told []object.ID
+	s.OnEvict(func(id object.ID) { told = append(told, id) })
+	for _, o := range []object.Object{a, b, c} {
+		if err := os.Remove(cfg.Dir + "/" + objectPath(o.ID(), s.entries[o.ID()].nonce)); err != nil {
+			t.Fatal(err)
+		}
+		s.entries[o.ID()].seen = false // as after a start
+	}
+	again := lease(t, s, a)
+	if again.Has(0) || again.Complete() {
+		t.Error("a chunk without a file")
+	}
+	put(t, again, 0)
+	if err := s.sweep(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantChunk(t, again, 0)
+	wantChunk(t, f, 0)
+	if s.Peek(b.ID()).Exists || !slices.Equal(told, []object.ID{b.ID()}) {
+		t.Errorf("%+v of an object without a file; told of %v", s.Peek(b.ID()), told)
+	}
+	f.Close()
+	s.Evict(c.ID())
+	s = reopen(t, s, cfg, "boot-1")
+	if n := s.Stats().Objects; n != 1 {
+		t.Errorf("%d objects", n)
+	}
 }
 
 func TestABrokenIndexStartsEmpty(t *testing.T) {

@@ -63,8 +63,9 @@ type Store struct {
 	nodeKey  []byte
 	epoch    uint32 // of this boot; a chunk record of another epoch is unverified
 
-	quit context.CancelFunc
-	done chan struct{} // closed when the janitor has ended
+	quit  context.CancelFunc
+	done  chan struct{} // closed when the janitor has ended
+	swept chan struct{} // closed when the janitor has looked at all files
 
 	onEvict atomic.Pointer[func(object.ID)]
 	counters
@@ -126,8 +127,8 @@ type Info struct {
 	PresentBytes int64
 }
 
-// Open opens the tier: takes its lock, reads the index, removes what belongs to no object. An
-// index that cannot be read is removed together with all cache files.
+// Open opens the tier: takes its lock and reads the index. An index that cannot be read is removed
+// together with all cache files.
 func Open(cfg Config) (_ *Store, err error) {
 	defer func() {
 		if err != nil {
@@ -135,7 +136,7 @@ func Open(cfg Config) (_ *Store, err error) {
 		}
 	}()
 	s := &Store{
-		cfg: cfg, log: cfg.Log, done: make(chan struct{}),
+		cfg: cfg, log: cfg.Log, done: make(chan struct{}), swept: make(chan struct{}),
 		entries: make(map[object.ID]*entry), held: make(map[heldKey]int64),
 		storeIDs: make(map[object.Store]uint32), principals: make(map[object.Principal]uint32),
 		revoked: make(map[revocation]int64),
@@ -174,7 +175,6 @@ func Open(cfg Config) (_ *Store, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s.reserve(0, 0) // the capacity may be a smaller one; nothing is leased yet
 	ctx, cancel := context.WithCancel(context.Background())
 	s.quit = cancel
 	go s.janitor(ctx, unclean)
@@ -354,7 +354,7 @@ type entry struct {
 	waste                  []uint32        // chunks not present whose bytes are counted all the same; under Store.mu
 	store                  uint32          // number of its object.Store
 	indexed                bool            // may have records in the index; under Store.mu
-	seen                   bool            // its file was found; during recovery
+	seen                   bool            // its file was found since the start; under Store.mu
 	evicted                atomic.Bool
 }
 

@@ -50,6 +50,7 @@ func open(t testing.TB, cfg Config) *Store {
 	if err != nil {
 		t.Fatal(err)
 	}
+	<-s.swept
 	t.Cleanup(func() {
 		checkInvariants(t, s)
 		if err := s.Close(); err != nil {
