@@ -248,3 +248,19 @@ func TestRegisteringOftenMakesNoLeases(t *testing.T) {
 		t.Errorf("leases after 5 registrations: %v, %v; want 2", ls, err)
 	}
 }
+
+// While a worker is replaced there are two processes of it for a moment.
+func TestOfTwoProcessesOfAWorkerTheSurvivorIsAsked(t *testing.T) {
+	m := start(t, master.Config{})
+	older, younger := worker("n1", 1), worker("n1", 1)
+	younger.UUID = older.UUID
+	serve(t, &older, shelf{stats: record.Stats{CachedBytes: 1}})
+	serve(t, &younger, shelf{stats: record.Stats{CachedBytes: 2}})
+	register(t, m.Client, younger)
+	stop := register(t, m.Client, older) // it tells that it has let go of its mounts, say
+	stop()
+	eventually(t, "the younger is asked", func() bool {
+		ws, err := m.AllWorkers(t.Context(), true)
+		return err == nil && len(ws) == 1 && ws[0].Stats.CachedBytes == 2
+	})
+}

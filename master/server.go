@@ -51,7 +51,7 @@ func (s *server) RegisterWorker(ctx context.Context, req *masterpb.RegisterWorke
 }
 
 func (s *server) Heartbeat(ctx context.Context, req *masterpb.HeartbeatRequest) (*masterpb.HeartbeatResponse, error) {
-	known, lease, err := s.reg.Heartbeat(ctx, req.GetUuid(), req.GetNode(), masterpb.ToBeat(req.GetStats(), req.GetHoldings()))
+	known, lease, err := s.reg.Heartbeat(ctx, req.GetUuid(), req.GetNode(), req.GetKey(), masterpb.ToBeat(req.GetStats(), req.GetHoldings()))
 	return &masterpb.HeartbeatResponse{Unknown: !known, LeaseMillis: millis(lease)}, err
 }
 

@@ -77,7 +77,7 @@ func sleep(ctx context.Context, d time.Duration) bool {
 func (c *Client) tell(ctx context.Context, r Report, told **Registration) (lease time.Duration, err error) {
 	if *told != nil && reflect.DeepEqual(**told, r.Registration) {
 		stats, holdings := masterpb.FromBeat(r.Beat)
-		resp, err := do(ctx, c, masterpb.MasterClient.Heartbeat, &masterpb.HeartbeatRequest{Uuid: r.UUID, Node: r.Node, Stats: stats, Holdings: holdings})
+		resp, err := do(ctx, c, masterpb.MasterClient.Heartbeat, &masterpb.HeartbeatRequest{Uuid: r.UUID, Node: r.Node, Key: r.Key, Stats: stats, Holdings: holdings})
 		if err != nil || !resp.GetUnknown() {
 			return time.Duration(resp.GetLeaseMillis()) * time.Millisecond, err
 		}

@@ -576,6 +576,7 @@ type HeartbeatRequest struct {
 	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
 	Stats         *WorkerStats           `protobuf:"bytes,3,opt,name=stats,proto3" json:"stats,omitempty"`
 	Holdings      []*Holding             `protobuf:"bytes,4,rep,name=holdings,proto3" json:"holdings,omitempty"`
+	Key           string                 `protobuf:"bytes,5,opt,name=key,proto3" json:"key,omitempty"` // of its registration: another process with the same uuid, which it replaces or is replaced by, has another
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -636,6 +637,13 @@ func (x *HeartbeatRequest) GetHoldings() []*Holding {
 		return x.Holdings
 	}
 	return nil
+}
+
+func (x *HeartbeatRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
 }
 
 type HeartbeatResponse struct {
@@ -2139,12 +2147,13 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\x06worker\x18\x01 \x01(\v2\x18.larder.master.v1.WorkerR\x06worker\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\tR\x03key\";\n" +
 	"\x16RegisterWorkerResponse\x12!\n" +
-	"\flease_millis\x18\x01 \x01(\x03R\vleaseMillis\"\xa6\x01\n" +
+	"\flease_millis\x18\x01 \x01(\x03R\vleaseMillis\"\xb8\x01\n" +
 	"\x10HeartbeatRequest\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x123\n" +
 	"\x05stats\x18\x03 \x01(\v2\x1d.larder.master.v1.WorkerStatsR\x05stats\x125\n" +
-	"\bholdings\x18\x04 \x03(\v2\x19.larder.master.v1.HoldingR\bholdings\"P\n" +
+	"\bholdings\x18\x04 \x03(\v2\x19.larder.master.v1.HoldingR\bholdings\x12\x10\n" +
+	"\x03key\x18\x05 \x01(\tR\x03key\"P\n" +
 	"\x11HeartbeatResponse\x12\x18\n" +
 	"\aunknown\x18\x01 \x01(\bR\aunknown\x12!\n" +
 	"\flease_millis\x18\x02 \x01(\x03R\vleaseMillis\"<\n" +

@@ -146,8 +146,9 @@ func (r *Registry) rememberOne(ctx context.Context, v record.Volume) error {
 	})
 }
 
-// Heartbeat keeps a worker's lease; known is false if it has to register.
-func (r *Registry) Heartbeat(ctx context.Context, uuid, node string, b record.Beat) (known bool, lease time.Duration, err error) {
+// Heartbeat keeps a worker's lease; known is false if it has to register. Of two processes of one
+// worker, while one follows the other, the last to register is known.
+func (r *Registry) Heartbeat(ctx context.Context, uuid, node, key string, b record.Beat) (known bool, lease time.Duration, err error) {
 	if err := record.CheckWorker(uuid, node); err != nil {
 		return false, 0, err
 	}
@@ -163,7 +164,7 @@ func (r *Registry) Heartbeat(ctx context.Context, uuid, node string, b record.Be
 	if err != nil {
 		return false, 0, err
 	}
-	if w.UUID != uuid {
+	if w.UUID != uuid || w.Key != key {
 		return false, r.lease, nil
 	}
 	for _, id := range []clientv3.LeaseID{w.Known, w.Alive} { // this order: who is alive is known
