@@ -158,8 +158,31 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	gauge(descMounts, float64(n))
 }
 
-// ServeMetrics serves /metrics and /healthz at "host:port" or "unix:///path" until ctx ends.
-func ServeMetrics(ctx context.Context, addr string, g prometheus.Gatherer, healthy func() error) error {
+// Probes are what /healthz and /readyz ask; nil is always well.
+type Probes struct {
+	Live  func(context.Context) error // nil if the process should go on, rather than be started again
+	Ready func(context.Context) error // nil if it does its work now
+}
+
+// probeTimeout is shorter than the one second that a kubelet waits unless it is told otherwise.
+const probeTimeout = 900 * time.Millisecond
+
+func probe(check func(context.Context) error) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), probeTimeout)
+		defer cancel()
+		if check != nil {
+			if err := check(ctx); err != nil {
+				http.Error(w, err.Error(), http.StatusServiceUnavailable)
+				return
+			}
+		}
+		fmt.Fprintln(w, "ok")
+	}
+}
+
+// ServeMetrics serves /metrics, /healthz and /readyz at "host:port" or "unix:///path" until ctx ends.
+func ServeMetrics(ctx context.Context, addr string, g prometheus.Gatherer, p Probes) error {
 	var l net.Listener
 	var err error
 	if path, ok := strings.CutPrefix(addr, "unix://"); ok {
@@ -173,13 +196,8 @@ func ServeMetrics(ctx context.Context, addr string, g prometheus.Gatherer, healt
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(g, promhttp.HandlerOpts{}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		if err := healthy(); err != nil {
-			http.Error(w, err.Error(), http.StatusServiceUnavailable)
-			return
-		}
-		fmt.Fprintln(w, "ok")
-	})
+	mux.HandleFunc("GET /healthz", probe(p.Live))
+	mux.HandleFunc("GET /readyz", probe(p.Ready))
 	s := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	defer context.AfterFunc(ctx, func() { s.Close() })()
 	if err := s.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {

@@ -139,6 +139,27 @@ func give(ctx context.Context, peer *brokerwire.Peer, id string, h *held) error 
 	return err
 }
 
+// ready is nil when this worker serves every mount of its broker: one that waits beside it to be
+// replaced may go then.
+func (ms *mounts) ready(ctx context.Context) error {
+	ms.mu.Lock()
+	peer := ms.peer
+	ms.mu.Unlock()
+	if peer == nil {
+		return errors.New("no broker: the node plugin is away")
+	}
+	r, _, err := peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Mounts})
+	if err != nil {
+		return fmt.Errorf("ask the broker for its mounts: %w", err)
+	}
+	for _, m := range r.List {
+		if ms.get(m.VolumeID) == nil {
+			return fmt.Errorf("volume %q is not taken over yet", m.VolumeID)
+		}
+	}
+	return nil
+}
+
 func (ms *mounts) all() map[string]*held {
 	ms.mu.Lock()
 	defer ms.mu.Unlock()

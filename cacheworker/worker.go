@@ -159,7 +159,7 @@ func (w *Worker) serveMetrics(ctx context.Context) error {
 	}
 	reg := prometheus.NewRegistry()
 	reg.MustRegister(collector{w})
-	return ServeMetrics(ctx, w.cfg.MetricsListen, reg, func() error { return nil })
+	return ServeMetrics(ctx, w.cfg.MetricsListen, reg, Probes{Ready: w.mounts.ready})
 }
 
 func (w *Worker) reportToMaster(ctx context.Context) error {

@@ -26,7 +26,7 @@ type Config struct {
 	Listen     string      // gRPC: "unix:///path" or "host:port"
 	ListenMode fs.FileMode // of a unix socket; 0 means 0600
 
-	MetricsListen string               // HTTP /metrics and /healthz, in the same forms; "" for none
+	MetricsListen string               // HTTP /metrics, /healthz and /readyz, in the same forms; "" for none
 	Metrics       *prometheus.Registry // where metrics are registered, without Go's and the process's; nil for an own one
 
 	WorkerLease  time.Duration // how long a worker is believed alive without a heartbeat; whole seconds; 0 means 30s

@@ -140,7 +140,8 @@ func (m *Master) serveGRPC(ctx context.Context, l net.Listener, reg *registry.Re
 func (m *Master) serveHTTP(l net.Listener, stopped <-chan struct{}) error {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(m.gatherer(), promhttp.HandlerOpts{}))
-	mux.HandleFunc("GET /healthz", m.healthz)
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", m.readyz)
 	s := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
 	failed := make(chan error, 1)
 	go func() { failed <- s.Serve(l) }()
@@ -158,8 +159,9 @@ func (m *Master) serveHTTP(l net.Listener, stopped <-chan struct{}) error {
 	return nil
 }
 
-// healthz answers 200 while the store answers.
-func (m *Master) healthz(w http.ResponseWriter, req *http.Request) {
+// readyz answers 200 while the store answers. Starting the master again would not help a store
+// that does not, so healthz does not ask it.
+func (m *Master) readyz(w http.ResponseWriter, req *http.Request) {
 	ctx, cancel := context.WithTimeout(req.Context(), 2*time.Second)
 	defer cancel()
 	reg := m.serving.Load()

@@ -582,8 +582,10 @@ func TestMetricsAndHealthAreServedOverAUnixSocket(t *testing.T) {
 		}
 		return resp.StatusCode, b.String()
 	}
-	if code, body := get("/healthz"); code != 200 {
-		t.Errorf("healthz: %d %s", code, body)
+	for _, probe := range []string{"/healthz", "/readyz"} {
+		if code, body := get(probe); code != 200 {
+			t.Errorf("%s: %d %s", probe, code, body)
+		}
 	}
 	code, body := get("/metrics")
 	for _, want := range []string{"larder_master_volumes 1\n", "larder_master_workers 0\n", "larder_master_store_up 1\n",

@@ -8,8 +8,10 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
@@ -56,7 +58,7 @@ external cluster by --etcd-endpoints. It is never on the path of a read.`,
 			f.StringVar(&c.EtcdKeyFile, "etcd-key", "", "PEM `file` with its key")
 			f.StringVar(&c.EtcdPrefix, "etcd-prefix", "larder/", "`prefix` of all keys in etcd")
 			f.StringVar(&c.Listen, "listen", "unix:///run/larder/master.sock", "gRPC `address`: unix:///path or host:port")
-			f.StringVar(&c.MetricsListen, "metrics-listen", "127.0.0.1:9810", "`address` of /metrics and /healthz; empty for none")
+			f.StringVar(&c.MetricsListen, "metrics-listen", "127.0.0.1:9810", "`address` of /metrics, /healthz and /readyz; empty for none")
 			f.DurationVar(&c.WorkerLease, "worker-lease", 30*time.Second, "how long a worker is believed alive without a heartbeat")
 		},
 		func(ctx context.Context, log *slog.Logger) error {
@@ -84,20 +86,23 @@ func workerCommand() *cobra.Command {
 		minFree     size
 		memory      size
 		readOnlyDir string
+		tierWait    time.Duration
 	)
 	return service("worker", "Serve the node's cache",
 		`The cache worker of one node. It needs no privilege: the broker (larder csi node) makes the mounts
 and shares them. It may be stopped, killed and upgraded at any time; readers wait for the next one.`,
 		func(f *pflag.FlagSet) {
 			f.Var(&t, "tier", "cache directory and its capacity")
+			f.DurationVar(&tierWait, "tier-wait", 0, "how long to wait for the node plugin to give the tier to this user")
 			f.StringVar(&readOnlyDir, "view", "", "the tier's `directory` through a read-only mount; without it nothing is passed through")
 			f.Var(&minFree, "min-free", "bytes of the tier's file system that stay free")
 			f.Int64Var(&c.MinFreeInodes, "min-free-inodes", 0, "inodes of the tier's file system that stay free")
 			f.Var(&memory, "memory", "bytes that this process may use (default nine tenths of its cgroup's limit)")
 			f.StringVar(&run, "run-dir", "/run/larder", "`directory` of the sockets that worker, broker and node service share")
 			f.StringVar(&c.Node, "node-name", hostname(), "`name` of this node")
+			f.StringVar(&c.Instance, "instance", "", "`name`, of its pod say, by which a worker that took the cache over knows the one that it has it from, and does not give it back")
 			f.StringVar(&c.Master, "master", "", "`address` of the master: unix:///path or host:port; empty for none")
-			f.StringVar(&c.MetricsListen, "metrics-listen", "127.0.0.1:9811", "`address` of /metrics and /healthz; empty for none")
+			f.StringVar(&c.MetricsListen, "metrics-listen", "127.0.0.1:9811", "`address` of /metrics, /healthz and /readyz; empty for none")
 			f.StringVar(&c.FileRoot, "file-root", "", "`directory` below which file:// sources may lie")
 			f.StringVar(&c.FileRootPath, "file-root-path", "", "`path` by which to open the file root")
 			f.MarkHidden("file-root-path")
@@ -110,6 +115,9 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 			c.Log, c.Version = log, version
 			w, err := cacheworker.New(c)
 			if err != nil {
+				return err
+			}
+			if err := awaitTier(ctx, t.dir, tierWait, log); err != nil || ctx.Err() != nil {
 				return err
 			}
 			return w.Run(ctx)
@@ -145,7 +153,7 @@ func brokerCommand() *cobra.Command {
 		func(f *pflag.FlagSet) {
 			brokerFlags(f, &c, &run)
 			f.StringVar(&c.ViewDir, "view", "", "where to show the tier read-only")
-			f.StringVar(&metrics, "metrics-listen", "", "`address` of /metrics and /healthz; empty for none")
+			f.StringVar(&metrics, "metrics-listen", "", "`address` of /metrics, /healthz and /readyz; empty for none")
 			f.BoolVar(&c.UnmountAtExit, "unmount-at-exit", false, "leave no mount")
 		},
 		func(ctx context.Context, log *slog.Logger) error {
@@ -155,7 +163,7 @@ func brokerCommand() *cobra.Command {
 			}
 			g, ctx := errgroup.WithContext(ctx)
 			g.Go(func() error { return b.Run(ctx) })
-			g.Go(func() error { return serveProcessMetrics(ctx, metrics, b) })
+			g.Go(func() error { return serveProcessMetrics(ctx, metrics, cacheworker.Probes{}, b) })
 			return g.Wait()
 		})
 	cmd.Hidden = true
@@ -168,42 +176,6 @@ func csiCommand() *cobra.Command {
 	return cmd
 }
 
-func csiNodeCommand() *cobra.Command {
-	var (
-		d       = driver.Config{Node: true}
-		b       broker.Config
-		run     string
-		metrics string
-	)
-	return service("node", "Serve the CSI node service, with the broker that makes and holds the mounts",
-		`Privileged: it mounts. When it is stopped the mounts stay with the worker, which gives them to the next one.`,
-		func(f *pflag.FlagSet) {
-			brokerFlags(f, &b, &run)
-			f.StringVar(&b.ViewDir, "view", "", "show the tier read-only at this `directory`, for the worker")
-			f.StringVar(&d.Endpoint, "endpoint", "unix:///run/larder/csi.sock", "CSI `endpoint`")
-			f.StringVar(&d.NodeID, "node-name", hostname(), "`name` of this node")
-			f.StringVar(&metrics, "metrics-listen", "127.0.0.1:9812", "`address` of /metrics and /healthz; empty for none")
-			sourceFlags(f, &d.FileRoot, &d.InlineEndpoints)
-		},
-		func(ctx context.Context, log *slog.Logger) error {
-			d.RunDir, d.Log, d.Version = run, log, version
-			br, err := newBroker(b, run, log)
-			if err != nil {
-				return err
-			}
-			n, err := newNode(d, run, nil)
-			if err != nil {
-				return err
-			}
-			defer n.Close()
-			g, ctx := errgroup.WithContext(ctx)
-			g.Go(func() error { return br.Run(ctx) })
-			g.Go(func() error { return n.srv.Run(ctx) })
-			g.Go(func() error { return serveProcessMetrics(ctx, metrics, br) })
-			return g.Wait()
-		})
-}
-
 func csiControllerCommand() *cobra.Command {
 	var (
 		d       = driver.Config{Controller: true}
@@ -214,7 +186,7 @@ func csiControllerCommand() *cobra.Command {
 		func(f *pflag.FlagSet) {
 			f.StringVar(&d.Endpoint, "endpoint", "unix:///run/larder/csi.sock", "CSI `endpoint`")
 			f.StringVar(&target, "master", "unix:///run/larder/master.sock", "`address` of the master: unix:///path or host:port")
-			f.StringVar(&metrics, "metrics-listen", "127.0.0.1:9813", "`address` of /metrics and /healthz; empty for none")
+			f.StringVar(&metrics, "metrics-listen", "127.0.0.1:9813", "`address` of /metrics, /healthz and /readyz; empty for none")
 			sourceFlags(f, &d.FileRoot, &d.InlineEndpoints)
 		},
 		func(ctx context.Context, log *slog.Logger) error {
@@ -229,11 +201,26 @@ func csiControllerCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			self, err := dialUnix(strings.TrimPrefix(d.Endpoint, "unix://"))
+			if err != nil {
+				return err
+			}
+			defer self.Close()
 			g, ctx := errgroup.WithContext(ctx)
 			g.Go(func() error { return srv.Run(ctx) })
-			g.Go(func() error { return serveProcessMetrics(ctx, metrics) })
+			g.Go(func() error {
+				return serveProcessMetrics(ctx, metrics, cacheworker.Probes{Live: csiAnswers(self), Ready: d.Ready})
+			})
 			return g.Wait()
 		})
+}
+
+// csiAnswers is the liveness of a CSI service: a call by its own socket.
+func csiAnswers(self *grpc.ClientConn) func(context.Context) error {
+	return func(ctx context.Context) error {
+		_, err := csi.NewIdentityClient(self).GetPluginInfo(ctx, &csi.GetPluginInfoRequest{})
+		return err
+	}
 }
 
 func sourceFlags(f *pflag.FlagSet, fileRoot *string, inlineEndpoints *[]string) {
@@ -246,6 +233,7 @@ type node struct {
 	srv    *driver.Server
 	broker *brokerwire.Client
 	worker *grpc.ClientConn
+	ready  func(context.Context) error // nil when a volume can be published now
 }
 
 // newNode wires the node service to broker and worker in a run directory; volumes makes it a
@@ -269,6 +257,7 @@ func newNode(d driver.Config, run string, volumes driver.Volumes) (*node, error)
 		}
 		return nil
 	}
+	n.ready = d.Ready
 	n.srv, err = driver.New(d, volumes, n.broker, driver.WorkerStats{Conn: conn})
 	if err != nil {
 		n.Close()
@@ -287,12 +276,12 @@ func dialUnix(path string) (*grpc.ClientConn, error) {
 		grpc.WithConnectParams(quickBackoff))
 }
 
-func serveProcessMetrics(ctx context.Context, addr string, more ...prometheus.Collector) error {
+func serveProcessMetrics(ctx context.Context, addr string, p cacheworker.Probes, more ...prometheus.Collector) error {
 	if addr == "" {
 		return nil
 	}
 	reg := prometheus.NewRegistry()
 	reg.MustRegister(more...)
 	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	return cacheworker.ServeMetrics(ctx, addr, reg, func() error { return nil })
+	return cacheworker.ServeMetrics(ctx, addr, reg, p)
 }
