@@ -17,6 +17,8 @@ import (
 type Config struct {
 	Dir string // of the embedded etcd; made with mode 0700; owned by this process
 
+	Member Member // of several masters that embed one etcd; zero for a single one
+
 	EtcdEndpoints []string // an external etcd instead
 	EtcdCAFile    string   // PEM files, for https endpoints
 	EtcdCertFile  string
@@ -61,6 +63,10 @@ func (c Config) Validate() error {
 	bad(c.WorkerLease != 0 && (c.WorkerLease < time.Second || c.WorkerLease%time.Second != 0), "worker lease %v: want whole seconds", c.WorkerLease)
 	bad(c.WorkerForget != 0 && (c.WorkerForget < c.WorkerLease || c.WorkerForget%time.Second != 0),
 		"worker forget %v: want whole seconds, no fewer than the lease's", c.WorkerForget)
+	bad(!embedded && c.Member.set(), "initial cluster: set it or etcd endpoints, not both")
+	if err := c.Member.validate(); err != nil {
+		errs = append(errs, err)
+	}
 	return errors.Join(errs...)
 }
 

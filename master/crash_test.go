@@ -3,6 +3,7 @@ package master_test
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -26,7 +27,10 @@ import (
 )
 
 // childDir, set in the environment, makes the test binary a master that is meant to be killed.
-const childDir = "LARDER_TEST_MASTER_DIR"
+const (
+	childDir    = "LARDER_TEST_MASTER_DIR"
+	childMember = "LARDER_TEST_MASTER_MEMBER" // JSON; of several masters
+)
 
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(childDir); dir != "" {
@@ -42,7 +46,13 @@ func TestMain(m *testing.M) {
 func child(dir string) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
-	m, err := master.New(master.Config{Dir: filepath.Join(dir, "state"), Listen: "unix://" + filepath.Join(dir, "sock")})
+	var member master.Member
+	if text := os.Getenv(childMember); text != "" {
+		if err := json.Unmarshal([]byte(text), &member); err != nil {
+			return err
+		}
+	}
+	m, err := master.New(master.Config{Dir: filepath.Join(dir, "state"), Listen: "unix://" + filepath.Join(dir, "sock"), Member: member})
 	if err != nil {
 		return err
 	}
@@ -56,8 +66,16 @@ func child(dir string) error {
 // spawn starts a child and waits until it is ready.
 func spawn(t *testing.T, dir string) *exec.Cmd {
 	t.Helper()
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), childDir+"="+dir)
+	cmd, ready := launch(t, dir)
+	ready()
+	return cmd
+}
+
+// launch starts a child; ready waits until it is.
+func launch(t *testing.T, dir string, env ...string) (cmd *exec.Cmd, ready func()) {
+	t.Helper()
+	cmd = exec.Command(os.Args[0])
+	cmd.Env = append(append(os.Environ(), childDir+"="+dir), env...)
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := cmd.StdoutPipe()
@@ -68,10 +86,12 @@ func spawn(t *testing.T, dir string) *exec.Cmd {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil {
-		t.Fatalf("child: %q, %v", line, err)
+	return cmd, func() {
+		t.Helper()
+		if line, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+			t.Fatalf("child: %q, %v", line, err)
+		}
 	}
-	return cmd
 }
 
 // ledger is what a master acknowledged.

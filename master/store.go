@@ -62,7 +62,8 @@ func openExternal(cfg Config) (*store, error) {
 	return &store{client: c, logs: logs}, nil
 }
 
-// openEmbedded starts a member without any listener and waits until it can write.
+// openEmbedded starts a member, without any listener if it is the only one, and waits until it
+// can write.
 func openEmbedded(ctx context.Context, cfg Config) (s *store, err error) {
 	s = &store{logs: &zapCore{log: cfg.Log}, died: make(chan error, 1)}
 	s.logs.quiet.Store(true) // etcd warns about what we want: no listeners, an empty store
@@ -78,8 +79,13 @@ func openEmbedded(ctx context.Context, cfg Config) (s *store, err error) {
 		return s, err
 	}
 	ec := embeddedConfig(filepath.Join(cfg.Dir, "etcd"))
+	if cfg.Member.set() {
+		if err := cfg.Member.apply(ec); err != nil {
+			return s, err
+		}
+	}
 	ec.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.New(s.logs, zap.WithFatalHook(onFatal{s.died}), zap.WithPanicHook(onFatal{s.died})))
-	if err := s.start(ctx, ec); err != nil {
+	if err := s.start(ctx, ec, cfg.Member.checkMembers); err != nil {
 		return s, fmt.Errorf("%s: %w", ec.Dir, err)
 	}
 	s.etcd.Server.KV().Commit() // or its version monitor complains of a store without a term, once
@@ -91,8 +97,8 @@ func openEmbedded(ctx context.Context, cfg Config) (s *store, err error) {
 	return s, nil
 }
 
-// start starts etcd and waits until it is ready.
-func (s *store) start(ctx context.Context, ec *embed.Config) error {
+// start starts etcd and waits until it is ready, if it is what check wants.
+func (s *store) start(ctx context.Context, ec *embed.Config, check func(*embed.Etcd) error) error {
 	type started struct {
 		etcd *embed.Etcd
 		err  error
@@ -115,16 +121,25 @@ func (s *store) start(ctx context.Context, ec *embed.Config) error {
 	case err := <-s.died:
 		return err
 	}
-	select {
-	case <-s.etcd.Server.ReadyNotify():
-		return nil
-	case <-s.etcd.Server.StopNotify():
-		return errors.New("etcd stopped while starting")
-	case err := <-s.died:
-		s.dead = true
+	if err := check(s.etcd); err != nil {
 		return err
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	}
+	slow := time.NewTimer(5 * time.Second)
+	defer slow.Stop()
+	for {
+		select {
+		case <-s.etcd.Server.ReadyNotify():
+			return nil
+		case <-s.etcd.Server.StopNotify():
+			return errors.New("etcd stopped while starting")
+		case err := <-s.died:
+			s.dead = true
+			return err
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-slow.C:
+			s.logs.log.Warn("the store is not ready yet: is a majority of the masters up?", "initial_cluster", ec.InitialCluster)
+		}
 	}
 }
 
