@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,6 +29,7 @@ type csiNode struct {
 	driver  driver.Config
 	broker  broker.Config
 	run     string
+	mounts  string // where inline volumes are mounted; "" is run
 	metrics string
 
 	registry  string // the kubelet's folder for registrations; "" registers nowhere
@@ -45,6 +47,7 @@ func csiNodeCommand() *cobra.Command {
 		func(f *pflag.FlagSet) {
 			brokerFlags(f, &n.broker, &n.run)
 			f.StringVar(&n.broker.ViewDir, "view", "", "show the tier read-only at this `directory`, for the worker")
+			f.StringVar(&n.mounts, "mount-dir", "", "`directory` of the mounts of inline volumes, which the kubelet has to see (default --run-dir)")
 			f.StringVar(&n.driver.Endpoint, "endpoint", "unix:///run/larder/csi.sock", "CSI `endpoint`")
 			f.StringVar(&n.driver.NodeID, "node-name", hostname(), "`name` of this node")
 			f.StringVar(&n.metrics, "metrics-listen", "127.0.0.1:9812", "`address` of /metrics, /healthz and /readyz; empty for none")
@@ -126,7 +129,7 @@ func (n *csiNode) newParts(br *broker.Broker) (p *nodeParts, err error) {
 			err = errors.Join(err, p.close())
 		}
 	}()
-	n.driver.RunDir, n.driver.Log, n.driver.Version = n.run, n.log, version
+	n.driver.RunDir, n.driver.Log, n.driver.Version = cmp.Or(n.mounts, n.run), n.log, version
 	socket := strings.TrimPrefix(n.driver.Endpoint, "unix://")
 	if n.registry != "" {
 		if err := os.MkdirAll(filepath.Dir(socket), 0o750); err != nil {
