@@ -31,7 +31,7 @@ func (c *Client) Mount(ctx context.Context, v Volume, path string) error {
 
 // Refresh gives a mounted volume new credentials.
 func (c *Client) Refresh(ctx context.Context, v Volume) error {
-	_, err := c.call(ctx, Message{Verb: RefreshVolume, Volume: &v})
+	_, err := c.call(ctx, Message{Verb: RefreshVolume, Mount: v.ID, Volume: &v})
 	return err
 }
 

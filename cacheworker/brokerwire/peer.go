@@ -211,7 +211,7 @@ func ListenPacket(path string, mode os.FileMode) (*net.UnixListener, error) {
 	return listen("unixpacket", path, mode)
 }
 
-// ListenStream is ListenPacket for SOCK_STREAM.
+// ListenStream is ListenPacket for SOCK_STREAM; mode 0 leaves it to the file system.
 func ListenStream(path string, mode os.FileMode) (*net.UnixListener, error) {
 	return listen("unix", path, mode)
 }
@@ -230,6 +230,9 @@ func listen(network, path string, mode os.FileMode) (*net.UnixListener, error) {
 		return nil, fmt.Errorf("listen %s: %w", path, err)
 	}
 	l.(*net.UnixListener).SetUnlinkOnClose(false) // the name was bound through a descriptor that is closed by then
+	if mode == 0 {
+		return l.(*net.UnixListener), nil
+	}
 	if err := os.Chmod(throughFD(dir, path), mode); err != nil {
 		l.Close()
 		return nil, fmt.Errorf("listen %s: %w", path, err)

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
@@ -115,7 +116,7 @@ func (n *csiNode) validate() error {
 type nodeParts struct {
 	*csiNode
 	node         *node
-	collect      *broker.Broker
+	collect      prometheus.Collector
 	registration *kubelet.Registration // nil without --registration-dir
 	kube         *kube.Client          // nil if nothing needs it
 	self         *grpc.ClientConn      // to our own CSI socket
@@ -123,7 +124,7 @@ type nodeParts struct {
 }
 
 func (n *csiNode) newParts(br *broker.Broker) (p *nodeParts, err error) {
-	p = &nodeParts{csiNode: n, collect: br}
+	p = &nodeParts{csiNode: n, collect: br.Mounts()}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.close())

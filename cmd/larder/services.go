@@ -141,7 +141,17 @@ func newBroker(c broker.Config, run string, log *slog.Logger) (*broker.Broker, e
 	if c.Name == "" {
 		c.Name = mountSource(run)
 	}
+	warnRequestTimeout(log)
 	return broker.New(c)
+}
+
+// warnRequestTimeout says that a sysctl would kill mounts that wait for a worker.
+func warnRequestTimeout(log *slog.Logger) {
+	const name = "/proc/sys/fs/fuse/max_request_timeout"
+	b, err := os.ReadFile(name)
+	if s := strings.TrimSpace(string(b)); err == nil && s != "0" {
+		log.Warn("sysctl fs.fuse.max_request_timeout is not 0: mounts die while they wait for a worker", "seconds", s)
+	}
 }
 
 // brokerCommand is a child of `up`; elsewhere the broker is part of `csi node`.
@@ -162,7 +172,7 @@ func brokerCommand() *cobra.Command {
 			}
 			g, ctx := errgroup.WithContext(ctx)
 			g.Go(func() error { return b.Run(ctx) })
-			g.Go(func() error { return serveProcessMetrics(ctx, metrics, cacheworker.Probes{}, b) })
+			g.Go(func() error { return serveProcessMetrics(ctx, metrics, cacheworker.Probes{}, b.Mounts()) })
 			return g.Wait()
 		})
 	cmd.Hidden = true

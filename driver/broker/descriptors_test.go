@@ -18,6 +18,7 @@ import (
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/driver/takeover"
 	"github.com/larderfs/larder/sanity/leak"
 )
 
@@ -34,7 +35,8 @@ const workerUID = 54321
 type started struct {
 	*Broker
 	tier, view, file string
-	worker           *session
+	worker           *brokerwire.Session
+	mount            *takeover.Mount
 }
 
 func start(t *testing.T) *started {
@@ -63,22 +65,24 @@ func start(t *testing.T) *started {
 	client := brokerwire.NewClient(b.cfg.Socket)
 	defer client.Close()
 	eventually(t, func() bool { _, err := client.Mounts(t.Context()); return err == nil })
-	s.worker = &session{role: brokerwire.RoleWorker, uid: workerUID}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.worker = s.worker
-	b.mounts["v"] = &mount{id: "v", path: "/nowhere", fuse: openFile(t, "/dev/fuse", unix.O_RDWR), memfd: openFile(t, "/dev/null", unix.O_RDWR),
-		backing: map[int32]struct{}{}}
+	s.worker = &brokerwire.Session{Role: brokerwire.RoleWorker, UID: workerUID}
+	s.held.Welcome(s.worker)
+	rec, err := brokerwire.NewRecord(brokerwire.State{Volume: brokerwire.Volume{ID: "v"}, Path: "/nowhere"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.mount = takeover.NewMount(openFile(t, "/dev/fuse", unix.O_RDWR), rec)
+	if err := s.held.Add(s.mount); err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(s.forget)
 	return s
 }
 
 // forget takes the worker and its mount away, which are none: nobody may unmount or call them.
 func (s *started) forget() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.mounts, "v")
-	s.Broker.worker = nil
+	s.held.Leave(s.worker)
+	s.held.Release(context.Background(), s.mount)
 }
 
 func put(t *testing.T, path string, uid int) {
@@ -110,7 +114,7 @@ func eventually(t *testing.T, cond func() bool) {
 
 // register asks as the worker does.
 func (s *started) register(volume string, files ...*os.File) error {
-	_, _, err := s.dispatch(context.Background(), s.worker,
+	_, err := s.handle(context.Background(), s.worker,
 		brokerwire.Message{Verb: brokerwire.Register, Mount: volume, Node: 42}, files)
 	return err
 }
@@ -121,8 +125,13 @@ func (s *started) refuses(t *testing.T, why string, files ...*os.File) {
 	if err == nil || !strings.Contains(err.Error(), why) {
 		t.Errorf("register: %v; want it refused because it is %q", err, why)
 	}
-	if n := len(s.mounts["v"].backing); n != 0 {
-		t.Errorf("%d files are registered", n)
+	if err := s.mount.Backing(func(ids map[int32]struct{}) error {
+		if len(ids) != 0 {
+			t.Errorf("%d files are registered", len(ids))
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -217,23 +226,16 @@ func TestNumberOfDescriptorsIsChecked(t *testing.T) {
 	}
 }
 
-func TestRolesHaveTheirVerbsOnly(t *testing.T) {
+func TestAReplacedWorkerIsRefused(t *testing.T) {
 	s := start(t)
-	for role, vs := range map[brokerwire.Role][]brokerwire.Verb{
-		"":                    {brokerwire.Mounts, brokerwire.Unmount, brokerwire.Register},
-		brokerwire.RoleWorker: {brokerwire.MountVolume, brokerwire.RefreshVolume, brokerwire.Bind, brokerwire.Unmount, brokerwire.Adopt, "other"},
-		brokerwire.RoleNode:   {brokerwire.Give, brokerwire.Given, brokerwire.Register, brokerwire.Unregister, brokerwire.Replace, brokerwire.Drop},
-	} {
-		for _, v := range vs {
-			peer := &session{role: role}
-			if role == brokerwire.RoleWorker {
-				peer = s.worker
-			}
-			_, _, err := s.dispatch(t.Context(), peer, brokerwire.Message{Verb: v}, nil)
-			if !errors.Is(err, object.ErrDenied) {
-				t.Errorf("%q as %q: %v", v, role, err)
-			}
+	old := *s.worker
+	for _, v := range []brokerwire.Verb{brokerwire.Mounts, brokerwire.Give, brokerwire.Given, brokerwire.Register, brokerwire.Unregister, brokerwire.Replace} {
+		if _, err := s.handle(t.Context(), &old, brokerwire.Message{Verb: v, Mount: "v"}, nil); !errors.Is(err, object.ErrUnavailable) {
+			t.Errorf("%q: %v", v, err)
 		}
+	}
+	if _, err := s.handle(t.Context(), s.worker, brokerwire.Message{Verb: brokerwire.Mounts}, nil); err != nil {
+		t.Errorf("the worker itself: %v", err)
 	}
 }
 

@@ -45,14 +45,19 @@ func tmpfs(t *testing.T, path string) (dev uint64) {
 	if err := os.WriteFile(filepath.Join(mkdir(t, filepath.Join(path, "data")), "f"), []byte("x"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	dev, err := mountDev(path)
+	dev, err := mounttable.Dev(path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return dev
 }
 
-func detach(t *testing.T, path string) {
+func others(dev uint64, but string) ([]string, error) {
+	table, err := mounttable.Read()
+	return table.Others(dev, but), err
+}
+
+func detachLater(t *testing.T, path string) {
 	t.Cleanup(func() {
 		for unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) == nil {
 		}
@@ -64,13 +69,13 @@ func TestABindIsReadOnlyAndIdempotent(t *testing.T) {
 		dir := mkdir(t, filepath.Join(t.TempDir(), name))
 		from, target := filepath.Join(dir, "from"), mkdir(t, filepath.Join(dir, "target"))
 		dev := tmpfs(t, from)
-		detach(t, target)
+		detachLater(t, target)
 		for range 2 {
 			if err := bindTree(from, "data", target, true, dev); err != nil {
 				t.Fatalf("%q: %v", name, err)
 			}
 		}
-		if paths, err := otherMounts(dev, from); err != nil || len(paths) != 1 || paths[0] != target {
+		if paths, err := others(dev, from); err != nil || len(paths) != 1 || paths[0] != target {
 			t.Errorf("%q: bound at %q, %v", name, paths, err)
 		}
 		if _, err := os.Stat(filepath.Join(target, "f")); err != nil {
@@ -136,7 +141,7 @@ func bareFUSE(t *testing.T, name, path string) *os.File {
 	if err := unix.Mount(name, path, FSType, unix.MS_NOSUID|unix.MS_NODEV, opts); err != nil {
 		t.Fatal(err)
 	}
-	detach(t, path)
+	detachLater(t, path)
 	return f
 }
 
@@ -206,7 +211,7 @@ func TestAFileSystemIsMadeReadOnlyForAllItsMounts(t *testing.T) {
 	dir := t.TempDir()
 	from, target := filepath.Join(dir, "from"), mkdir(t, filepath.Join(dir, "target"))
 	dev := tmpfs(t, from)
-	detach(t, target)
+	detachLater(t, target)
 	if err := bindTree(from, "", target, false, dev); err != nil {
 		t.Fatal(err)
 	}
@@ -425,16 +430,16 @@ func TestOnlyAMountOfOursIsTakenBack(t *testing.T) {
 	s := start(t)
 	dir := t.TempDir()
 	ours := bareFUSE(t, s.cfg.Name, filepath.Join(dir, "ours"))
-	dev, err := mountDev(filepath.Join(dir, "ours"))
+	dev, err := mounttable.Dev(filepath.Join(dir, "ours"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	others := bareFUSE(t, "others", filepath.Join(dir, "others"))
-	otherDev, err := mountDev(filepath.Join(dir, "others"))
+	otherDev, err := mounttable.Dev(filepath.Join(dir, "others"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	rootDev, err := mountDev("/")
+	rootDev, err := mounttable.Dev("/")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -474,11 +479,11 @@ func TestOnlyAMountOfOursIsTakenBack(t *testing.T) {
 		"another broker's":        {[]*os.File{others, state(func(s *brokerwire.State) { s.Path, s.Dev = filepath.Join(dir, "others"), otherDev }), ids}, object.ErrNotFound},
 		"backing ids that aren't": {[]*os.File{ours, state(same), torn(t)}, object.ErrInvalid},
 	} {
-		_, _, err := s.dispatch(t.Context(), s.worker, brokerwire.Message{Verb: brokerwire.Give, Mount: "w"}, c.files)
+		_, err := s.handle(t.Context(), s.worker, brokerwire.Message{Verb: brokerwire.Give, Mount: "w"}, c.files)
 		if !errors.Is(err, c.want) {
 			t.Errorf("%s: %v; want %v", name, err, c.want)
 		}
-		if _, err := s.lookup("w"); err == nil {
+		if _, err := s.held.Lookup("w"); err == nil {
 			t.Fatalf("%s: it was taken", name)
 		}
 		for i, f := range c.files {

@@ -8,6 +8,7 @@ import (
 	"bufio"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"slices"
 	"strconv"
@@ -58,6 +59,26 @@ func (t Table) At(path string) (Entry, bool) {
 		}
 	}
 	return Entry{}, false
+}
+
+// Dev is the device of what is mounted at a path; [fs.ErrNotExist] if nothing is.
+func Dev(path string) (uint64, error) {
+	e, ok, err := At(path)
+	if err == nil && !ok {
+		err = fmt.Errorf("nothing is mounted at %s: %w", path, fs.ErrNotExist)
+	}
+	return e.Dev, err
+}
+
+// Others are the paths, but one, at which a file system is mounted.
+func (t Table) Others(dev uint64, but string) []string {
+	var paths []string
+	for _, e := range t {
+		if e.Dev == dev && e.Path != but {
+			paths = append(paths, e.Path)
+		}
+	}
+	return paths
 }
 
 // Parse reads a table as in proc(5).

@@ -150,6 +150,7 @@ var layers = map[string]int{
 	"cacheworker/policy":       1,
 	"cacheworker/brokerwire":   1,
 	"driver/mounttable":        0,
+	"driver/takeover":          2,
 	"cacheworker/object":       0,
 }
 

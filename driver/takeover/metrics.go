@@ -1,10 +1,6 @@
-package broker
+package takeover
 
-import (
-	"time"
-
-	"github.com/prometheus/client_golang/prometheus"
-)
+import "github.com/prometheus/client_golang/prometheus"
 
 var (
 	descHeld      = prometheus.NewDesc("larder_broker_mounts", "FUSE mounts held.", nil, nil)
@@ -14,18 +10,22 @@ var (
 )
 
 // Describe implements prometheus.Collector.
-func (b *Broker) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(b, ch) }
+func (ms *Mounts) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(ms, ch) }
 
 // Collect implements prometheus.Collector.
-func (b *Broker) Collect(ch chan<- prometheus.Metric) {
-	held, served := b.list(), 0
+func (ms *Mounts) Collect(ch chan<- prometheus.Metric) {
+	held := ms.All()
+	served := 0
 	for _, m := range held {
-		if m.Served {
+		if m.served() {
 			served++
 		}
 	}
+	ms.mu.Lock()
+	takeovers, stalled := ms.takeovers, ms.stalled
+	ms.mu.Unlock()
 	ch <- prometheus.MustNewConstMetric(descHeld, prometheus.GaugeValue, float64(len(held)))
 	ch <- prometheus.MustNewConstMetric(descServed, prometheus.GaugeValue, float64(served))
-	ch <- prometheus.MustNewConstMetric(descTakeovers, prometheus.CounterValue, float64(b.takeovers.Load()))
-	ch <- prometheus.MustNewConstMetric(descStall, prometheus.CounterValue, time.Duration(b.stalled.Load()).Seconds())
+	ch <- prometheus.MustNewConstMetric(descTakeovers, prometheus.CounterValue, float64(takeovers))
+	ch <- prometheus.MustNewConstMetric(descStall, prometheus.CounterValue, stalled.Seconds())
 }

@@ -1,0 +1,265 @@
+// Package takeover keeps a worker behind every mount.
+//
+// A mount outlives its workers: its readers wait for the next one, which is fed what the first one
+// was, or until the deadline, when the mount is given up so that they can end. None of this needs
+// a privilege; what does, package broker lends (see [Config]).
+package takeover
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/object"
+)
+
+const (
+	adoptTimeout = 30 * time.Second // for a worker to answer INIT and check its source
+	dropTimeout  = 2 * time.Second  // for a worker to let go; one that is stopped must not keep an unmount waiting
+	guardEvery   = 100 * time.Millisecond
+)
+
+// Config says how long to wait, and lends what needs privilege.
+type Config struct {
+	Deadline time.Duration // for the next worker
+	Log      *slog.Logger
+
+	Bind     func(path, name string) (*os.File, error) // makes and listens on domain/<name> of a mount, which asks its worker
+	Answered func(*Mount)                              // the kernel has its INIT
+	Waiting  func(*Mount) (int, error)                 // requests of the kernel without an answer
+	Abort    func(*Mount) error                        // lets them fail
+}
+
+// Mounts are those that are held, and who serves them. Safe for concurrent use.
+type Mounts struct {
+	cfg      Config
+	tasks    sync.WaitGroup // hand-overs and guards under way
+	stopping chan struct{}  // closed by Close
+
+	mu        sync.Mutex        // guards the fields below; never held across a call to the worker
+	held      map[string]*Mount // by volume
+	worker    *brokerwire.Session
+	came      chan struct{} // closed when a worker comes; then replaced
+	takeovers int           // since the start
+	stalled   time.Duration // that mounts were without a worker before those
+}
+
+// New holds nothing yet.
+func New(cfg Config) *Mounts {
+	return &Mounts{cfg: cfg, held: map[string]*Mount{}, came: make(chan struct{}), stopping: make(chan struct{})}
+}
+
+// Close ends hand-overs and deadlines, and lets go of what is held.
+func (ms *Mounts) Close() {
+	close(ms.stopping)
+	ms.tasks.Wait()
+	for _, m := range ms.All() {
+		ms.Release(context.Background(), m)
+	}
+}
+
+// Welcome makes s the worker. One that is still connected is replaced: it is dead, or hands over.
+func (ms *Mounts) Welcome(s *brokerwire.Session) {
+	ms.mu.Lock()
+	old := ms.worker
+	ms.worker = s
+	close(ms.came)
+	ms.came = make(chan struct{})
+	ms.mu.Unlock()
+	if old != nil {
+		old.Close()
+		ms.Leave(old)
+	}
+	held := ms.All()
+	ms.cfg.Log.Info("worker connected", "uuid", s.UUID, "pid", s.PID, "mounts", len(held))
+	for _, m := range held {
+		ms.HandOver(m, s)
+	}
+}
+
+// HandOver has a worker serve a mount, in the background.
+func (ms *Mounts) HandOver(m *Mount, s *brokerwire.Session) {
+	ms.tasks.Go(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), adoptTimeout)
+		defer cancel()
+		if err := ms.Serve(ctx, m, s); err != nil && !m.gone.Load() {
+			ms.cfg.Log.Error("take-over", "volume", m.ID, "worker", s.UUID, "pid", s.PID, "err", err)
+		}
+	})
+}
+
+// Leave lets the mounts of a worker that has gone wait for the next one. It may be called again.
+func (ms *Mounts) Leave(s *brokerwire.Session) {
+	ms.mu.Lock()
+	if ms.worker == s { // first: see adopt
+		ms.worker = nil
+		ms.cfg.Log.Info("worker disconnected", "uuid", s.UUID, "pid", s.PID, "mounts", len(ms.held))
+	}
+	ms.mu.Unlock()
+	for _, m := range ms.All() {
+		if lost, ok := m.orphaned(s); ok {
+			ms.tasks.Go(func() { ms.guard(m, lost) })
+		}
+	}
+}
+
+// IsWorker reports whether s is the worker, and not one that another has replaced.
+func (ms *Mounts) IsWorker(s *brokerwire.Session) bool {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	return ms.worker == s
+}
+
+// Worker is the worker; it waits for one until ctx ends.
+func (ms *Mounts) Worker(ctx context.Context) (*brokerwire.Session, error) {
+	for {
+		ms.mu.Lock()
+		s, came := ms.worker, ms.came
+		ms.mu.Unlock()
+		if s != nil {
+			return s, nil
+		}
+		select {
+		case <-came:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("no cache worker is running on this node: %w", object.ErrUnavailable)
+		}
+	}
+}
+
+// Add holds a mount: from here on a worker that dies is followed by the next.
+func (ms *Mounts) Add(m *Mount) error {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	if ms.held[m.ID] != nil {
+		return fmt.Errorf("volume %q is held already: %w", m.ID, brokerwire.ErrExists)
+	}
+	ms.held[m.ID] = m
+	return nil
+}
+
+// Lookup is a volume's mount.
+func (ms *Mounts) Lookup(id string) (*Mount, error) {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	if m := ms.held[id]; m != nil {
+		return m, nil
+	}
+	return nil, fmt.Errorf("volume %q is not mounted: %w", id, object.ErrNotFound)
+}
+
+// At is the mount at a path; nil if there is none.
+func (ms *Mounts) At(path string) *Mount {
+	for _, m := range ms.All() {
+		if m.Path == path {
+			return m
+		}
+	}
+	return nil
+}
+
+// All are the mounts that are held now.
+func (ms *Mounts) All() []*Mount {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	return slices.Collect(maps.Values(ms.held))
+}
+
+// List tells of them, without credentials.
+func (ms *Mounts) List() []brokerwire.Mount {
+	out := []brokerwire.Mount{}
+	for _, m := range ms.All() {
+		out = append(out, m.info())
+	}
+	return out
+}
+
+// Refresh puts new credentials into the memfd and tells the worker.
+func (ms *Mounts) Refresh(ctx context.Context, m *Mount, v *brokerwire.Volume) error {
+	if v == nil || v.ID != m.ID {
+		return fmt.Errorf("refresh: volume %q itself is needed: %w", m.ID, object.ErrInvalid)
+	}
+	if m.Record.State().Volume == *v {
+		return nil
+	}
+	if err := m.Record.Update(func(s *brokerwire.State) { s.Volume = *v }); err != nil {
+		return err
+	}
+	return ms.tell(ctx, brokerwire.Message{Verb: brokerwire.Reload, Mount: m.ID})
+}
+
+// tell is for what the next worker reads in the memfd, if there is none now.
+func (ms *Mounts) tell(ctx context.Context, in brokerwire.Message) error {
+	ms.mu.Lock()
+	s := ms.worker
+	ms.mu.Unlock()
+	if s == nil {
+		return nil
+	}
+	_, _, err := s.Call(ctx, in)
+	return err
+}
+
+// Release lets go of a mount that is no longer in the mount table, or shall not be.
+func (ms *Mounts) Release(ctx context.Context, m *Mount) {
+	if m.gone.Swap(true) {
+		return
+	}
+	ms.mu.Lock()
+	if ms.held[m.ID] == m {
+		delete(ms.held, m.ID)
+	}
+	ms.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, dropTimeout)
+	defer cancel()
+	if err := ms.tell(ctx, brokerwire.Message{Verb: brokerwire.Drop, Mount: m.ID}); err != nil && !errors.Is(err, object.ErrNotFound) {
+		ms.cfg.Log.Warn("drop", "volume", m.ID, "err", err)
+	}
+	m.close()
+}
+
+// guard gives a mount up whose readers wait in vain since its worker went: until the deadline no
+// other has come, or one has, but what was lost with the first cannot be delivered again.
+func (ms *Mounts) guard(m *Mount, lost time.Time) {
+	t := time.NewTicker(guardEvery)
+	defer t.Stop()
+	for end := lost.Add(ms.cfg.Deadline); time.Now().Before(end); {
+		if ms.recovered(m, lost) {
+			return
+		}
+		select {
+		case <-t.C:
+		case <-ms.stopping:
+			return
+		}
+	}
+	why := "no worker returned in time"
+	if m.served() {
+		why = "requests were lost with a worker, on a kernel without FUSE_NOTIFY_RESEND"
+	}
+	ms.cfg.Log.Error(why+": the mount is given up, its pods must be restarted", "volume", m.ID, "path", m.Path, "deadline", ms.cfg.Deadline)
+	if err := ms.cfg.Abort(m); err != nil { // else the connection ends with its last descriptor, which should be ours
+		ms.cfg.Log.Warn("abort connection", "path", m.Path, "err", err)
+	}
+	ms.Release(context.Background(), m)
+}
+
+// recovered reports whether nobody waits any more for the worker that went then. Without resend no
+// request was lost if, at any moment since, none waits.
+func (ms *Mounts) recovered(m *Mount, lost time.Time) bool {
+	if m.gone.Load() {
+		return true
+	}
+	if m.Record.State().CanResend() {
+		return m.served() || m.lostAgain(lost)
+	}
+	n, err := ms.cfg.Waiting(m)
+	return m.served() && (err != nil || n == 0)
+}
