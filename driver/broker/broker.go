@@ -40,6 +40,9 @@ type Config struct {
 	// UnmountAtExit removes every mount when Run returns; otherwise the worker keeps them.
 	UnmountAtExit bool
 
+	// Lost is told where mounts were that are given up or found dead, and why; it must not wait. May be nil.
+	Lost func(paths []string, why string)
+
 	Log *slog.Logger
 }
 
@@ -87,7 +90,7 @@ func New(cfg Config) (*Broker, error) {
 	b := &Broker{cfg: cfg}
 	b.held = takeover.New(takeover.Config{
 		Deadline: cfg.TakeoverDeadline, Log: cfg.Log,
-		Bind: bindThrough, Answered: b.answered, Waiting: waiting, Abort: abort,
+		Bind: bindThrough, Answered: b.answered, Waiting: waiting, Abort: b.giveUp,
 	})
 	return b, nil
 }
