@@ -23,6 +23,7 @@ import (
 	"github.com/larderfs/larder/driver/broker"
 	"github.com/larderfs/larder/driver/kube"
 	"github.com/larderfs/larder/driver/kubelet"
+	"github.com/larderfs/larder/driver/localpv"
 )
 
 // csiNode is the node plugin: CSI node service, broker, and what the kubelet has to know.
@@ -37,8 +38,10 @@ type csiNode struct {
 	taint     string // key of the startup taint; "" removes none
 	daemonSet string // namespace/name of what runs this; "" outside of a cluster
 	drain     time.Duration
+	cluster   kubernetes
 
-	log *slog.Logger
+	log  *slog.Logger
+	lost func(paths []string, why string) // set by newParts
 }
 
 func csiNodeCommand() *cobra.Command {
@@ -57,6 +60,7 @@ func csiNodeCommand() *cobra.Command {
 			f.StringVar(&n.daemonSet, "daemonset", "", "`namespace/name` of the DaemonSet that runs this: if it is gone when this is told to stop, volumes in use are waited for")
 			f.DurationVar(&n.drain, "drain-timeout", time.Minute, "how long, when told to stop, to wait for a worker that holds all mounts")
 			sourceFlags(f, &n.driver.FileRoot, &n.driver.InlineEndpoints)
+			n.cluster.flags(f)
 		},
 		func(ctx context.Context, log *slog.Logger) error {
 			n.log = log
@@ -73,6 +77,7 @@ func (n *csiNode) serve(ctx context.Context) (err error) {
 	if err := giveDirs(n.run, n.broker.TierDir, int(n.broker.WorkerUID)); err != nil {
 		return err
 	}
+	n.broker.Lost = func(paths []string, why string) { n.lost(paths, why) }
 	br, err := newBroker(n.broker, n.run, n.log)
 	if err != nil {
 		return err
@@ -118,7 +123,8 @@ type nodeParts struct {
 	node         *node
 	collect      prometheus.Collector
 	registration *kubelet.Registration // nil without --registration-dir
-	kube         *kube.Client          // nil if nothing needs it
+	kube         *kube.Client          // nil outside of a cluster
+	local        *localpv.Controller   // nil without --local-datasets
 	self         *grpc.ClientConn      // to our own CSI socket
 	seen         atomic.Bool           // the DaemonSet could be asked for, and was there
 }
@@ -141,13 +147,21 @@ func (n *csiNode) newParts(br *broker.Broker) (p *nodeParts, err error) {
 			return p, err
 		}
 	}
-	if n.taint != "" || n.daemonSet != "" {
-		if p.kube, err = kube.Connect("", "larder/"+version); err != nil {
-			return p, err
-		}
+	if p.kube, err = n.cluster.connect(n.log, n.taint != "" || n.daemonSet != ""); err != nil {
+		return p, err
 	}
+	n.driver.Pods, n.driver.KubeletDir = nodePods(p.kube, n.driver.NodeID), n.cluster.kubelet
 	if p.node, err = newNode(n.driver, n.run, nil); err != nil {
 		return p, err
+	}
+	if p.local, err = n.cluster.localVolumes(p.kube, n.driver, p.node.broker); err != nil {
+		return p, err
+	}
+	n.lost = func(paths []string, why string) {
+		p.node.srv.Lost(paths, why)
+		if p.local != nil {
+			p.local.Wake()
+		}
 	}
 	p.self, err = dialUnix(socket)
 	return p, err
@@ -167,6 +181,9 @@ func (p *nodeParts) serve(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return p.node.srv.Run(ctx) })
 	g.Go(func() error { return p.introduce(ctx) })
+	if p.local != nil {
+		g.Go(func() error { return p.local.Run(ctx) })
+	}
 	g.Go(func() error {
 		return serveProcessMetrics(ctx, p.metrics, cacheworker.Probes{Live: csiAnswers(p.self), Ready: p.ready}, p.collect)
 	})
@@ -264,6 +281,9 @@ func (p *nodeParts) finish(ctx context.Context) {
 		return
 	}
 	p.log.Info("larder is being uninstalled: the node plugin stays until no volume is in use")
+	if p.local != nil {
+		p.local.Withdraw()
+	}
 	p.until(ctx, "no volume is in use", func(ctx context.Context) error {
 		held, err := p.node.broker.Mounts(ctx)
 		if err == nil && len(held) > 0 {

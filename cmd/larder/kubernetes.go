@@ -1,0 +1,59 @@
+package main
+
+import (
+	"errors"
+	"log/slog"
+	"path/filepath"
+
+	"github.com/spf13/pflag"
+	"k8s.io/klog/v2"
+
+	"github.com/larderfs/larder/driver"
+	"github.com/larderfs/larder/driver/kube"
+	"github.com/larderfs/larder/driver/localpv"
+)
+
+// kubernetes is what the node plugin is told of its cluster.
+type kubernetes struct {
+	config   string
+	kubelet  string
+	datasets string // namespace/name of a ConfigMap; "" offers no local volumes
+}
+
+func (k *kubernetes) flags(f *pflag.FlagSet) {
+	f.StringVar(&k.config, "kubeconfig", "", "kubeconfig `file` (default the pod's service account; outside of a cluster nobody is told of lost mounts)")
+	f.StringVar(&k.kubelet, "kubelet-dir", "/var/lib/kubelet", "the kubelet's root `directory`")
+	f.StringVar(&k.datasets, "local-datasets", "", "`namespace/name` of the ConfigMap with datasets to offer as local PersistentVolumes; empty offers none")
+}
+
+// connect returns nil outside of a cluster, unless one is needed.
+func (k *kubernetes) connect(log *slog.Logger, needed bool) (*kube.Client, error) {
+	klog.SetSlogLogger(log)
+	c, err := kube.Connect(k.config, "larder/"+version)
+	if errors.Is(err, kube.ErrNoCluster) && !needed && k.datasets == "" {
+		log.Info("not in a Kubernetes cluster: nobody is told of lost mounts")
+		return nil, nil
+	}
+	return c, err
+}
+
+// speaker tells users on their objects what they should know.
+func speaker(c *kube.Client, node string) *kube.Recorder { return kube.NewRecorder(c, "larder", node) }
+
+// nodePods speaks to the pods of a node; nil without a cluster.
+func nodePods(c *kube.Client, node string) driver.Pods {
+	if c == nil {
+		return nil
+	}
+	return kube.NodePods{Client: c, Recorder: speaker(c, node), Node: node}
+}
+
+// localVolumes offers datasets; nil if it is told of none.
+func (k *kubernetes) localVolumes(c *kube.Client, d driver.Config, broker driver.Broker) (*localpv.Controller, error) {
+	if k.datasets == "" {
+		return nil, nil
+	}
+	return localpv.New(localpv.Config{
+		Node: d.NodeID, Datasets: k.datasets, Dir: filepath.Join(d.RunDir, "local"), KubeletDir: k.kubelet, FileRoot: d.FileRoot, Log: d.Log,
+	}, c, broker, d.Pods, speaker(c, d.NodeID))
+}
