@@ -681,6 +681,33 @@ func TestNodeHealthNamesWhatIsWrong(t *testing.T) {
 	wantCode(t, err, codes.NotFound, "not on this node")
 }
 
+// Outside of a cluster nobody but the caller says where a lost volume was.
+func TestALostMountIsToldByItsPath(t *testing.T) {
+	b := start(t)
+	must(t, b.stage(t), b.publish(t, "target"))
+	b.broker.forget()
+	leak.Unmount(b.dir)
+	deadFUSE(t, b.path("target"))
+	says := func(want string, code codes.Code, text string) {
+		t.Helper()
+		r, err := b.NodeGetVolumeHealth(t.Context(), &csi.NodeGetVolumeHealthRequest{VolumeId: "v", VolumePublishPath: b.path("target")})
+		must(t, err)
+		if hs := r.VolumeHealth.HealthStatuses; len(hs) != 1 || hs[0].Status.String()+" "+hs[0].Reason != want {
+			t.Errorf("health %v, want %s", hs, want)
+		}
+		_, err = b.NodeGetVolumeStats(t.Context(), &csi.NodeGetVolumeStatsRequest{VolumeId: "v", VolumePath: b.path("target")})
+		wantCode(t, err, code, text)
+	}
+	b.stats.err = object.ErrUnavailable
+	says("DEGRADED WorkerAway", codes.Unavailable, "has given the mount at")
+	b.stats.err = object.ErrNotFound
+	says("INACCESSIBLE MountLost", codes.NotFound, "must be started again")
+	b.stats.err = nil
+	must(t, b.stage(t))
+	says("INACCESSIBLE MountLost", codes.NotFound, "must be started again")
+	must(t, b.unpublish(t, "target"), b.unstage(t))
+}
+
 func TestStorageIsIllWhereNothingCanBePublished(t *testing.T) {
 	b := start(t)
 	for _, ready := range []error{nil, errors.New("no worker")} {

@@ -62,6 +62,12 @@ func (n *node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeSta
 		return nil, err
 	}
 	if !v.shows(id, req.GetVolumePath()) || req.GetStagingTargetPath() != "" && !v.shows(id, req.GetStagingTargetPath()) {
+		switch path, sure := n.deadAt(ctx, v, id, req.GetVolumePath(), req.GetStagingTargetPath()); {
+		case sure:
+			return nil, fmt.Errorf("volume %s: %s: %w", quote(id), deadMount(path), errUnknown)
+		case path != "":
+			return nil, fmt.Errorf("volume %s: no worker has given the mount at %s back to the broker: %w", quote(id), path, object.ErrUnavailable)
+		}
 		return nil, fmt.Errorf("volume_path: volume %s is not at %s: %w", quote(id), quote(req.GetVolumePath()), errUnknown)
 	}
 	s, err := n.stats.VolumeStats(ctx, id)
@@ -74,6 +80,32 @@ func (n *node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeSta
 	return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{
 		{Unit: csi.VolumeUsage_BYTES, Total: s.TotalBytes, Used: s.CachedBytes, Available: s.TotalBytes},
 	}}, nil
+}
+
+// deadAt is the first of paths with a FUSE mount that the broker does not hold. It was lost, unless the worker
+// has yet to give it back to the broker: sure says that it has not, and cannot.
+func (n *node) deadAt(ctx context.Context, v view, id string, paths ...string) (path string, sure bool) {
+	for _, p := range paths {
+		if checkPath("", p) != nil {
+			continue
+		}
+		if p, err := resolve("", p); err == nil && v.dead(p) {
+			path = p
+			break
+		}
+	}
+	if path == "" {
+		return "", false
+	}
+	if m, held := v.volume(id); held && v.live(m) { // it was mounted anew: a volume has one mount
+		return path, true
+	}
+	_, err := n.stats.VolumeStats(ctx, id)
+	return path, errors.Is(err, object.ErrNotFound)
+}
+
+func deadMount(path string) string {
+	return "the mount at " + path + " is dead: its cache worker and the node plugin had both died, or it was given up; its pods must be started again"
 }
 
 // shows reports whether the volume is mounted or published at a path.
@@ -101,15 +133,21 @@ func (n *node) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVolumeHe
 		return nil, err
 	}
 	m, ok := v.volume(id)
-	if !ok && len(broken) == 0 {
+	dead, sure := n.deadAt(ctx, v, id, req.GetVolumePublishPath(), req.GetStagingTargetPath())
+	if !ok && len(broken) == 0 && dead == "" {
 		return nil, fmt.Errorf("volume %s is not on this node: %w", quote(id), errUnknown)
 	}
 	h := &csi.VolumeHealth{VolumeId: id}
 	ill := func(status csi.VolumeHealthErrorType, reason, message string) {
 		h.HealthStatuses = append(h.HealthStatuses, &csi.VolumeHealth_VolumeHealthEntry{Status: status, Reason: reason, Message: message})
 	}
-	if len(broken) > 0 {
+	switch {
+	case len(broken) > 0:
 		ill(csi.VolumeHealthErrorType_INACCESSIBLE, "MountLost", "the mount was lost; must be started again: "+list(broken))
+	case sure:
+		ill(csi.VolumeHealthErrorType_INACCESSIBLE, "MountLost", deadMount(dead))
+	case dead != "":
+		ill(csi.VolumeHealthErrorType_DEGRADED, "WorkerAway", "no worker has given the mount at "+dead+" back to the broker; reads wait, or fail if it was given up")
 	}
 	if !ok {
 		return &csi.NodeGetVolumeHealthResponse{VolumeHealth: h}, nil
