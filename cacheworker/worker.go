@@ -12,6 +12,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
+	"net/netip"
 	"path/filepath"
 	"runtime/debug"
 	"strings"
@@ -45,7 +47,9 @@ type Config struct {
 	BrokerSocket  string // path
 	ControlSocket string // path of its own gRPC socket
 	MetricsListen string // "host:port" or "unix:///path"; "" for none
-	Master        string // "unix:///path" or "host:port"; "" for none
+	Master        string // "unix:///path" or "host:port", several with commas between; "" for none
+	Listen        string // "host:port", where masters ask what is cached; "" for none
+	Advertise     string // IP address for that, if Listen names none; "" for the one towards the master
 
 	FileRoot     string // below it are file:// sources; "" for none
 	FileRootPath string // how to open FileRoot, if not by its name
@@ -77,6 +81,14 @@ func (c Config) Validate() error {
 			errs = append(errs, fmt.Errorf("%s: %q is not an absolute path", f.name, f.path))
 		}
 	}
+	if c.Listen != "" {
+		if _, _, err := net.SplitHostPort(c.Listen); err != nil {
+			errs = append(errs, fmt.Errorf("listen %q: want host:port", c.Listen))
+		}
+	}
+	if _, err := netip.ParseAddr(c.Advertise); c.Advertise != "" && err != nil {
+		errs = append(errs, fmt.Errorf("advertise %q: want an IP address", c.Advertise))
+	}
 	if c.MemoryBytes < 0 || c.MemoryBytes > 0 && c.MemoryBytes < minMemory {
 		errs = append(errs, fmt.Errorf("memory: %d bytes are not enough: want at least 64MiB", c.MemoryBytes))
 	}
@@ -101,6 +113,7 @@ type Worker struct {
 	fills    *fill.Fills
 	sources  *sources
 	mounts   *mounts
+	network  network
 }
 
 // New checks the configuration.
@@ -140,8 +153,12 @@ func (w *Worker) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	if w.network, err = w.openNetwork(); err != nil {
+		return errors.Join(err, control.Close())
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return w.mounts.Run(ctx) })
+	g.Go(func() error { return w.serveNetwork(ctx) })
 	g.Go(func() error { return serveControl(ctx, control, w) })
 	g.Go(func() error { return w.serveMetrics(ctx) })
 	g.Go(func() error { return w.reportToMaster(ctx) })
@@ -176,18 +193,22 @@ func (w *Worker) reportToMaster(ctx context.Context) error {
 
 // report is what the master is told.
 func (w *Worker) report() client.Report {
-	s, f := w.store.Stats(), w.fills.Stats()
 	return client.Report{
 		Registration: client.Registration{
-			UUID: w.store.UUID().String(), Node: w.cfg.Node, Version: w.cfg.Version,
-			CapacityBytes: s.CapacityBytes, Volumes: w.mounts.published(),
+			UUID: w.store.UUID().String(), Node: w.cfg.Node, Version: w.cfg.Version, CapacityBytes: w.store.Stats().CapacityBytes,
+			Addresses: w.network.addresses(), Key: w.network.key, Volumes: w.mounts.published(),
 		},
-		Beat: client.Beat{Stats: client.Stats{
-			CachedBytes: s.CachedBytes, Objects: int64(s.Objects), CompleteObjects: int64(s.CompleteObjects),
-			ReadRequests: w.counters.Reads.Load(), ReadBytes: w.counters.ReadBytes.Load(),
-			FetchedBytes: uint64(w.requests.Bytes.Load()), HitChunks: uint64(f.HitChunks), MissChunks: uint64(f.MissChunks),
-			EvictedBytes: uint64(s.EvictedBytes),
-		}},
+		Beat: client.Beat{Stats: w.counts()},
+	}
+}
+
+func (w *Worker) counts() client.Stats {
+	s, f := w.store.Stats(), w.fills.Stats()
+	return client.Stats{
+		CachedBytes: s.CachedBytes, Objects: int64(s.Objects), CompleteObjects: int64(s.CompleteObjects),
+		ReadRequests: w.counters.Reads.Load(), ReadBytes: w.counters.ReadBytes.Load(),
+		FetchedBytes: uint64(w.requests.Bytes.Load()), HitChunks: uint64(f.HitChunks), MissChunks: uint64(f.MissChunks),
+		EvictedBytes: uint64(s.EvictedBytes), Mounts: int64(len(w.mounts.all())), Started: w.started.UTC(),
 	}
 }
 

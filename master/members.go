@@ -99,7 +99,14 @@ func (m Member) apply(c *embed.Config) error {
 	}
 	slices.Sort(entries)
 	c.InitialCluster = strings.Join(entries, ",")
-	c.ListenPeerUrls = []url.URL{{Scheme: self.Scheme, Host: m.Listen}}
+	host, port, err := net.SplitHostPort(m.Listen)
+	if err != nil {
+		return err
+	}
+	if host == "" { // etcd wants an address
+		host = "0.0.0.0"
+	}
+	c.ListenPeerUrls = []url.URL{{Scheme: self.Scheme, Host: net.JoinHostPort(host, port)}}
 	c.AdvertisePeerUrls = []url.URL{*self}
 	c.PeerTLSInfo = transport.TLSInfo{TrustedCAFile: m.CAFile, CertFile: m.CertFile, KeyFile: m.KeyFile, ClientCertAuth: m.CertFile != ""}
 	c.TickMs, c.ElectionMs = 100, 1000

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -35,7 +36,11 @@ func startTrio(t *testing.T) *trio {
 	var ready [3]func()
 	for i := range 3 {
 		x.dirs[i] = t.TempDir()
-		text, err := json.Marshal(master.Member{Name: fmt.Sprint("m", i), Cluster: strings.Join(entries[:], ","), Listen: listen[i]})
+		_, port, err := net.SplitHostPort(listen[i])
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, err := json.Marshal(master.Member{Name: fmt.Sprint("m", i), Cluster: strings.Join(entries[:], ","), Listen: ":" + port})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -49,7 +49,8 @@ func masterCommand() *cobra.Command {
 	var c master.Config
 	return service("master", "Serve the cluster's memory: volumes, workers, mounts",
 		`The master keeps volumes, workers and mounts in etcd: embedded in its --dir by default, or an
-external cluster by --etcd-endpoints. It is never on the path of a read.`,
+external cluster by --etcd-endpoints. Three masters embed one etcd together by --name and
+--initial-cluster. It is never on the path of a read.`,
 		func(f *pflag.FlagSet) {
 			f.StringVar(&c.Dir, "dir", "/var/lib/larder/master", "`directory` of the embedded etcd")
 			f.StringSliceVar(&c.EtcdEndpoints, "etcd-endpoints", nil, "`URLs` of an external etcd, instead of the embedded one")
@@ -60,6 +61,13 @@ external cluster by --etcd-endpoints. It is never on the path of a read.`,
 			f.StringVar(&c.Listen, "listen", "unix:///run/larder/master.sock", "gRPC `address`: unix:///path or host:port")
 			f.StringVar(&c.MetricsListen, "metrics-listen", "127.0.0.1:9810", "`address` of /metrics, /healthz and /readyz; empty for none")
 			f.DurationVar(&c.WorkerLease, "worker-lease", 30*time.Second, "how long a worker is believed alive without a heartbeat")
+			f.DurationVar(&c.WorkerForget, "worker-forget", time.Hour, "how long one without a heartbeat is listed as gone")
+			f.StringVar(&c.Member.Name, "name", "", "`name` of this one of several masters")
+			f.StringVar(&c.Member.Cluster, "initial-cluster", "", "all masters that embed one etcd, as `NAME=URL,…`, alike on each: a=http://host:2380,b=…")
+			f.StringVar(&c.Member.Listen, "peer-listen", ":2380", "`address` for the other masters")
+			f.StringVar(&c.Member.CAFile, "peer-ca", "", "PEM `file` with the authority of the masters' certificates, for https URLs")
+			f.StringVar(&c.Member.CertFile, "peer-cert", "", "PEM `file` with this master's certificate")
+			f.StringVar(&c.Member.KeyFile, "peer-key", "", "PEM `file` with its key")
 		},
 		func(ctx context.Context, log *slog.Logger) error {
 			c.Log, c.Version = log, version
@@ -100,7 +108,9 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 			f.Var(&memory, "memory", "bytes that this process may use (default nine tenths of its cgroup's limit)")
 			f.StringVar(&run, "run-dir", "/run/larder", "`directory` of the sockets that worker, broker and node service share")
 			f.StringVar(&c.Node, "node-name", hostname(), "`name` of this node")
-			f.StringVar(&c.Master, "master", "", "`address` of the master: unix:///path or host:port; empty for none")
+			f.StringVar(&c.Master, "master", "", "`address` of the master: unix:///path or host:port, several with commas between; empty for none")
+			f.StringVar(&c.Listen, "listen", "", "TCP `address` where masters ask what is cached: host:port; empty for none")
+			f.StringVar(&c.Advertise, "advertise", "", "IP `address` at which masters reach that (default that of --listen, or the one towards the master)")
 			f.StringVar(&c.MetricsListen, "metrics-listen", "127.0.0.1:9811", "`address` of /metrics, /healthz and /readyz; empty for none")
 			f.StringVar(&c.FileRoot, "file-root", "", "`directory` below which file:// sources may lie")
 			f.StringVar(&c.FileRootPath, "file-root-path", "", "`path` by which to open the file root")
@@ -194,7 +204,7 @@ func csiControllerCommand() *cobra.Command {
 	return service("controller", "Serve the CSI controller, beside the external-provisioner", "",
 		func(f *pflag.FlagSet) {
 			f.StringVar(&d.Endpoint, "endpoint", "unix:///run/larder/csi.sock", "CSI `endpoint`")
-			f.StringVar(&target, "master", "unix:///run/larder/master.sock", "`address` of the master: unix:///path or host:port")
+			f.StringVar(&target, "master", "unix:///run/larder/master.sock", "`address` of the master: unix:///path or host:port, several with commas between")
 			f.StringVar(&metrics, "metrics-listen", "127.0.0.1:9813", "`address` of /metrics, /healthz and /readyz; empty for none")
 			sourceFlags(f, &d.FileRoot, &d.InlineEndpoints)
 		},

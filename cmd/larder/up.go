@@ -294,7 +294,7 @@ func (u *up) runWorker(ctx context.Context) error {
 	const first = 5 // behind the standard ones, the lifeline and the lock
 	at := func(i int) string { return fmt.Sprintf("/proc/self/fd/%d", first+i) }
 	args := []string{"worker", "--run-dir", at(0), "--tier", at(1) + ":" + strconv.FormatInt(u.tier.bytes, 10), "--view", at(2),
-		"--node-name", u.nodeName, "--master", "unix://" + at(0) + "/" + masterSocket, "--metrics-listen", "unix://" + at(0) + "/worker-metrics.sock"}
+		"--node-name", u.nodeName, "--master", "unix://" + at(0) + "/" + masterSocket, "--listen", "127.0.0.1:0", "--metrics-listen", "unix://" + at(0) + "/worker-metrics.sock"}
 	if u.fileRoot != "" {
 		args = append(args, "--file-root", u.fileRoot, "--file-root-path", at(3))
 	}

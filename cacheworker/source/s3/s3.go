@@ -159,15 +159,16 @@ func (c Config) validate() (host string, err error) {
 	if c.Ambient && c.Credentials != (Credentials{}) {
 		bad("credentials were given although the worker's own were asked for")
 	}
-	host, err = endpointHost(c.Endpoint, c.Region)
+	host, err = EndpointHost(c.Endpoint, c.Region)
 	if err != nil {
 		errs = append(errs, err)
 	}
 	return host, errors.Join(errs...)
 }
 
-// endpointHost is the part of the store's identity that says where it is.
-func endpointHost(endpoint, region string) (string, error) {
+// EndpointHost is the part of a store's identity that says where it is; the region counts where the
+// endpoint is "".
+func EndpointHost(endpoint, region string) (string, error) {
 	if endpoint == "" {
 		if region == "" {
 			region = defaultRegion
