@@ -49,8 +49,14 @@ func (c *Client) Unmount(ctx context.Context, path string) error {
 
 // Mounts lists the volumes that the broker holds.
 func (c *Client) Mounts(ctx context.Context) ([]Mount, error) {
+	_, held, err := c.Broker(ctx)
+	return held, err
+}
+
+// Broker is its process, in its own PID namespace, and the volumes that it holds.
+func (c *Client) Broker(ctx context.Context) (pid int, held []Mount, err error) {
 	r, err := c.call(ctx, Message{Verb: Mounts})
-	return r.List, err
+	return r.PID, r.List, err
 }
 
 func (c *Client) call(ctx context.Context, m Message) (Message, error) {

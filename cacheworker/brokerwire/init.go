@@ -34,6 +34,17 @@ func (s State) CanResend() bool { return s.negotiated(resendFlag) }
 // CanPassthrough reports whether the mount may have backing files.
 func (s State) CanPassthrough() bool { return s.negotiated(passthroughFlag) }
 
+// Without names the guarantees that the mount does without, as larder status does.
+func (s State) Without() (names []string) {
+	if !s.CanResend() {
+		names = append(names, "resend")
+	}
+	if !s.CanPassthrough() {
+		names = append(names, "passthrough")
+	}
+	return names
+}
+
 func (s State) negotiated(flag uint32) bool {
 	return s.Negotiated() && u32(s.InitOut, outFlags2)&flag != 0
 }

@@ -62,6 +62,9 @@ func TestTheFirstWorkerIsOfferedAllAndALaterOneWhatWasNegotiated(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.InitOut = out
+	if w := s.Without(); len(w) != 1 || w[0] != "passthrough" {
+		t.Errorf("without %q", w)
+	}
 	if !s.Negotiated() || !s.CanResend() || s.CanPassthrough() {
 		t.Errorf("negotiated %v, resend %v, passthrough %v", s.Negotiated(), s.CanResend(), s.CanPassthrough())
 	}

@@ -37,6 +37,8 @@ type State struct {
 	InitOut   []byte    `json:"initOut"` // the first worker's answer
 	Socket    string    `json:"socket"`  // name below domain/ that the listener is bound to
 	Takeovers int       `json:"takeovers"`
+
+	LongestStall time.Duration `json:"longestStall,omitempty"` // without a worker, before a take-over
 }
 
 // slotBody is a state in its slot.

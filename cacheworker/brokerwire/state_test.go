@@ -18,7 +18,7 @@ import (
 
 func testState(path string) State {
 	return State{Volume: Volume{ID: "v", Source: "s3://b", Credentials: Credentials{"id", "secret", "token"}}, Path: path, Dev: 42,
-		Since: time.Date(2026, 1, 2, 3, 4, 5, 6, time.UTC), InitIn: []byte{1, 0, 255}, InitOut: []byte{2}, Socket: "s", Takeovers: 3}
+		Since: time.Date(2026, 1, 2, 3, 4, 5, 6, time.UTC), InitIn: []byte{1, 0, 255}, InitOut: []byte{2}, Socket: "s", Takeovers: 3, LongestStall: time.Second}
 }
 
 func newState(t *testing.T, s State) *os.File {

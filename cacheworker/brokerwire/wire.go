@@ -84,6 +84,7 @@ type Message struct {
 	Backing  int32   `json:"backing,omitempty"`
 	Volume   *Volume `json:"volume,omitempty"`
 	List     []Mount `json:"list,omitempty"`
+	PID      int     `json:"pid,omitempty"`  // with List: the broker's
 	Code     Code    `json:"code,omitempty"` // reply: what went wrong
 	Text     string  `json:"text,omitempty"` // reply: for people
 }
@@ -97,6 +98,12 @@ type Mount struct {
 	Served    bool      `json:"served"`    // a worker answers it now
 	Takeovers int       `json:"takeovers"` // workers it was given to after the first
 	Socket    string    `json:"socket,omitempty"`
+
+	Worker       string        `json:"worker,omitempty"`       // UUID of the one that answers it now
+	WorkerPID    int32         `json:"workerPID,omitempty"`    // as the broker sees it; 0 where it cannot
+	WorkerSince  time.Time     `json:"workerSince,omitzero"`   // since when that one does, or, while none does, since when not
+	LongestStall time.Duration `json:"longestStall,omitempty"` // without a worker, before a take-over
+	Without      []string      `json:"without,omitempty"`      // see State.Without
 }
 
 // Code is a sentinel error on the wire.

@@ -65,7 +65,9 @@ func fullMessage() Message {
 		Credentials: Credentials{"id", "secret", "token"}}
 	return Message{ID: 1, Verb: MountVolume, Version: 2, Role: RoleNode, UUID: "0-1", Mount: "v", Path: "/a b/c", Sub: "data",
 		Target: "/", ReadOnly: true, Fresh: true, Node: 1 << 63, Backing: 3, Volume: &v,
-		List: []Mount{{VolumeID: "v", Path: "/a", Volume: v, Since: now, Served: true, Takeovers: 4, Socket: "s"}},
+		List: []Mount{{VolumeID: "v", Path: "/a", Volume: v, Since: now, Served: true, Takeovers: 4, Socket: "s",
+			Worker: "u", WorkerPID: 5, WorkerSince: now, LongestStall: time.Second, Without: []string{"resend"}}},
+		PID:  6,
 		Code: "busy", Text: "t"}
 }
 

@@ -144,7 +144,7 @@ func (b *Broker) handle(ctx context.Context, s *brokerwire.Session, in brokerwir
 	case brokerwire.Unmount:
 		return r, b.unmount(ctx, in.Path)
 	case brokerwire.Mounts:
-		return brokerwire.Message{List: b.held.List()}, nil
+		return brokerwire.Message{List: b.held.List(), PID: os.Getpid()}, nil
 	case brokerwire.Give:
 		return r, b.takeBack(s, in, files)
 	case brokerwire.Given:

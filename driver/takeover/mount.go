@@ -29,6 +29,7 @@ type Mount struct {
 
 	mu       sync.Mutex          // guards the fields below; never held across a call
 	server   *brokerwire.Session // the worker it was given to; nil while there is none
+	since    time.Time           // when that was
 	lost     time.Time           // when the one before went
 	listener *os.File            // nil until the socket is bound
 	heard    *brokerwire.Session // the worker that has the listener
@@ -44,7 +45,7 @@ func NewMount(device *os.File, rec *brokerwire.Record) *Mount {
 // Regained is a mount that the worker gives back which serves it. The listener may be nil.
 func Regained(s *brokerwire.Session, device *os.File, rec *brokerwire.Record, backing map[int32]struct{}, listener *os.File) *Mount {
 	m := NewMount(device, rec)
-	m.server, m.backing, m.listener = s, backing, listener
+	m.server, m.since, m.backing, m.listener = s, time.Now(), backing, listener
 	if listener != nil {
 		m.heard = s
 	}
@@ -60,13 +61,6 @@ func (m *Mount) Backing(f func(ids map[int32]struct{}) error) error {
 		return fmt.Errorf("volume %q has gone: %w", m.ID, object.ErrNotFound)
 	}
 	return f(m.backing)
-}
-
-func (m *Mount) info() brokerwire.Mount {
-	st := m.Record.State()
-	st.Volume.Credentials = brokerwire.Credentials{}
-	return brokerwire.Mount{VolumeID: m.ID, Path: m.Path, Volume: st.Volume, Since: st.Since,
-		Served: m.served(), Takeovers: st.Takeovers, Socket: st.Socket}
 }
 
 func (m *Mount) served() bool {
@@ -145,8 +139,7 @@ func (ms *Mounts) adopt(ctx context.Context, m *Mount, s *brokerwire.Session) er
 		return err
 	}
 	m.mu.Lock()
-	stall := time.Since(m.lost)
-	m.server = s
+	stall := m.takenBy(s)
 	if listener == m.listener && listener != nil {
 		m.heard = s
 	}
@@ -157,12 +150,7 @@ func (ms *Mounts) adopt(ctx context.Context, m *Mount, s *brokerwire.Session) er
 	if fresh {
 		return nil
 	}
-	ms.mu.Lock()
-	ms.takeovers++
-	ms.stalled += stall
-	ms.mu.Unlock()
-	ms.cfg.Log.Info("take-over", "volume", m.ID, "worker", s.UUID, "pid", s.PID, "without", stall)
-	return m.Record.Update(func(st *brokerwire.State) { st.Takeovers++ })
+	return ms.tookOver(m, s, stall)
 }
 
 // answer gives the kernel the first worker's answer to INIT.

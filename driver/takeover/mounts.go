@@ -43,17 +43,16 @@ type Mounts struct {
 	tasks    sync.WaitGroup // hand-overs and guards under way
 	stopping chan struct{}  // closed by Close
 
-	mu        sync.Mutex        // guards the fields below; never held across a call to the worker
-	held      map[string]*Mount // by volume
-	worker    *brokerwire.Session
-	came      chan struct{} // closed when a worker comes; then replaced
-	takeovers int           // since the start
-	stalled   time.Duration // that mounts were without a worker before those
+	mu     sync.Mutex        // guards the fields below; never held across a call to the worker
+	held   map[string]*Mount // by volume
+	worker *brokerwire.Session
+	came   chan struct{} // closed when a worker comes; then replaced
+	observed
 }
 
 // New holds nothing yet.
 func New(cfg Config) *Mounts {
-	return &Mounts{cfg: cfg, held: map[string]*Mount{}, came: make(chan struct{}), stopping: make(chan struct{})}
+	return &Mounts{cfg: cfg, held: map[string]*Mount{}, came: make(chan struct{}), stopping: make(chan struct{}), observed: observe()}
 }
 
 // Close ends hand-overs and deadlines, and lets go of what is held.
@@ -244,6 +243,7 @@ func (ms *Mounts) guard(m *Mount, lost time.Time) {
 	if m.served() {
 		why = "requests were lost with a worker, on a kernel without FUSE_NOTIFY_RESEND"
 	}
+	ms.givenUp.Inc()
 	ms.cfg.Log.Error(why+": the mount is given up, its pods must be restarted", "volume", m.ID, "path", m.Path, "deadline", ms.cfg.Deadline)
 	if err := ms.cfg.Abort(m); err != nil { // else the connection ends with its last descriptor, which should be ours
 		ms.cfg.Log.Warn("abort connection", "path", m.Path, "err", err)
