@@ -229,7 +229,7 @@ func (h *podHealth) suspect(ctx context.Context, v view, u use) (loss, bool) {
 		if h.pods == nil || h.isVerified(u, m.Since) {
 			return loss{}, false
 		}
-		return loss{m.Since, bothDied, true}, true
+		return loss{m.Since, bothDied, false}, true
 	case p.FUSE(): // nobody's, unless the worker has yet to give it back to the broker
 		if _, err := h.stats.VolumeStats(ctx, u.volume); errors.Is(err, object.ErrNotFound) {
 			return h.seen(u.target)
@@ -248,7 +248,10 @@ func (h *podHealth) convict(u use, l loss, pods map[string]Pod) (Pod, bool) {
 	if !ok || p.Ending || len(p.Started) == 0 {
 		return p, false
 	}
-	const grain = time.Second // of the orchestrator's times
+	grain := time.Second // of the orchestrator's times: who may be well is taken to be well, unless there was a loss
+	if l.sure {
+		grain = 0
+	}
 	for _, start := range p.Started {
 		if start.Add(grain).Before(l.when) {
 			return p, true

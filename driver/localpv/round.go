@@ -99,6 +99,8 @@ func (r *round) look(ctx context.Context) (err error) {
 // settle does what the state of a PersistentVolume asks for.
 func (r *round) settle(ctx context.Context, s slot) error {
 	switch {
+	case r.ended:
+		return r.leave(ctx, s)
 	case released(s.pv):
 		return r.retire(ctx, s)
 	case !taken(s.pv) && s.pv.DeletionTimestamp != nil: // it goes, then clearAway follows
@@ -112,9 +114,6 @@ func (r *round) settle(ctx context.Context, s slot) error {
 
 // wanted reports whether the slot is what its dataset offers today.
 func (r *round) wanted(s slot) bool {
-	if r.ended {
-		return false
-	}
 	if _, ok := r.bad[s.dataset]; ok {
 		return true
 	}
@@ -134,6 +133,21 @@ func (r *round) retire(ctx context.Context, s slot) error {
 	r.cfg.Log.Info("local volume released", "volume", s.name)
 	return ignoreGone(r.cluster.PersistentVolumes().Delete(ctx, s.pv))
 }
+
+// leave takes a slot back that no pod uses, for good. Our rights may have been taken from us already.
+func (r *round) leave(ctx context.Context, s slot) error {
+	var err error
+	if s.pv.DeletionTimestamp == nil && (released(s.pv) || !taken(s.pv)) {
+		err = ignoreGone(r.cluster.PersistentVolumes().Delete(ctx, s.pv))
+	}
+	if refused(err) {
+		err = nil
+	}
+	_, rerr := r.remove(ctx, s.name)
+	return errors.Join(err, rerr)
+}
+
+func refused(err error) bool { return apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err) }
 
 func ignoreGone(err error) error {
 	if apierrors.IsNotFound(err) || apierrors.IsConflict(err) { // what it is now is about to be seen
@@ -285,7 +299,12 @@ func (r *round) bindAgain(ctx context.Context, s slot) error {
 	if err != nil {
 		return err
 	}
-	targets = slices.DeleteFunc(targets, func(t string) bool { _, mounted := r.table.At(t); return mounted || !isOld(t) })
+	targets = slices.DeleteFunc(targets, func(t string) bool {
+		_, mounted := r.table.At(t)
+		young := !mounted && !isOld(t)
+		r.again = r.again || young
+		return mounted || young
+	})
 	if len(targets) == 0 {
 		return nil
 	}
@@ -308,8 +327,10 @@ func (r *round) bindAgain(ctx context.Context, s slot) error {
 // isOld reports whether a directory was not made just now by a kubelet that is about to mount there.
 func isOld(path string) bool {
 	var st unix.Stat_t
-	return unix.Lstat(path, &st) == nil && time.Since(time.Unix(st.Ctim.Unix())) > interval
+	return unix.Lstat(path, &st) == nil && time.Since(time.Unix(st.Ctim.Unix())) > justMade
 }
+
+const justMade = 5 * time.Second
 
 // clearAway removes what is mounted, or was, of slots that have no PersistentVolume: nobody can
 // have them.
@@ -332,7 +353,7 @@ func (r *round) clearAway(ctx context.Context) error {
 		if err == nil { // the watch will tell
 			continue
 		}
-		if apierrors.IsNotFound(err) {
+		if apierrors.IsNotFound(err) || r.ended && refused(err) {
 			_, err = r.remove(ctx, name)
 		}
 		if err != nil {

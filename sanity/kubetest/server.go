@@ -323,7 +323,7 @@ func (s *Server) create(path string, body []byte, resource schema.GroupResource)
 		return nil, errors.NewAlreadyExists(resource, o.GetName())
 	}
 	if _, ok := o.(*corev1.PersistentVolume); ok { // the admission plugin StorageObjectInUseProtection
-		o.SetFinalizers(append(o.GetFinalizers(), "kubernetes.io/pv-protection"))
+		o.SetFinalizers(append(o.GetFinalizers(), protection))
 	}
 	s.store(path, o)
 	return o, nil
