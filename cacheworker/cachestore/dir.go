@@ -113,6 +113,41 @@ func (d dir) lock(ctx context.Context, wait time.Duration, ask func()) (*os.File
 	}
 }
 
+// Await takes a tier for this process when nobody else has it, without a deadline. The lock is for
+// [Config.Lock].
+func Await(ctx context.Context, tier string) (*os.File, error) {
+	d, err := openDir(tier)
+	if err != nil {
+		return nil, err
+	}
+	defer d.f.Close()
+	f, err := d.open(lockName, unix.O_RDWR|unix.O_CREAT, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	locked := make(chan error, 1)
+	go func() { locked <- flock(f) }()
+	select {
+	case err = <-locked:
+	case <-ctx.Done():
+		go func() { <-locked; f.Close() }() // nothing calls a thread back from flock(2)
+		return nil, context.Cause(ctx)
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock %s: %w", tier, err)
+	}
+	return f, nil
+}
+
+func flock(f *os.File) error {
+	for {
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != unix.EINTR {
+			return err
+		}
+	}
+}
+
 // removeAll deletes a folder of our own, with at most one level of folders in it.
 func (d dir) removeAll(folder string) error {
 	names, err := d.names(folder)

@@ -1,7 +1,9 @@
 package cachestore
 
 import (
+	"context"
 	"errors"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -131,5 +133,38 @@ func TestTheOwnerIsAsked(t *testing.T) {
 	open(t, cfg)
 	if asked != 1 {
 		t.Errorf("asked %d times", asked)
+	}
+}
+
+// A worker in reserve has the directory as soon as nobody else has it, and can be called off.
+func TestWhoAwaitsTheDirectoryGetsIt(t *testing.T) {
+	cfg := testConfig(t, t.TempDir(), 64<<20)
+	first := open(t, cfg)
+	fill(t, first, obj("a", chunk))
+	ctx, cancel := context.WithCancel(t.Context())
+	called := make(chan error, 1)
+	go func() { _, err := Await(ctx, cfg.Dir); called <- err }()
+	cancel()
+	if err := <-called; !errors.Is(err, context.Canceled) {
+		t.Errorf("called off: %v", err)
+	}
+	locked := make(chan *os.File, 1)
+	go func() {
+		f, err := Await(t.Context(), cfg.Dir)
+		if err != nil {
+			t.Error(err)
+		}
+		locked <- f
+	}()
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	late := cfg
+	cfg.Lock = <-locked
+	second := open(t, cfg)
+	wantChunk(t, lease(t, second, obj("a", chunk)), 0)
+	late.LockWait = 50 * time.Millisecond
+	if _, err := Open(late); err == nil {
+		t.Error("two stores have the directory")
 	}
 }

@@ -44,6 +44,7 @@ type Config struct {
 	MinFreeInodes int64
 
 	BootID   string        // of the machine; "" reads /proc/sys/kernel/random/boot_id
+	Lock     *os.File      // from Await, and the store's from Open on, also when that fails; nil has Open take it
 	LockWait time.Duration // for another process that has the directory; 0 means 10 s
 	AskOwner func()        // called once if another process has the directory: it may ask that one to hand it over; may be nil
 	GrantTTL time.Duration // 0 means 24 h
@@ -136,7 +137,7 @@ func Open(cfg Config) (_ *Store, err error) {
 		}
 	}()
 	s := &Store{
-		cfg: cfg, log: cfg.Log, done: make(chan struct{}), swept: make(chan struct{}),
+		cfg: cfg, log: cfg.Log, lock: cfg.Lock, done: make(chan struct{}), swept: make(chan struct{}),
 		entries: make(map[object.ID]*entry), held: make(map[heldKey]int64),
 		storeIDs: make(map[object.Store]uint32), principals: make(map[object.Principal]uint32),
 		revoked: make(map[revocation]int64),
@@ -158,8 +159,10 @@ func Open(cfg Config) (_ *Store, err error) {
 			return nil, err
 		}
 	}
-	if s.lock, err = s.dir.lock(context.Background(), s.cfg.LockWait, cfg.AskOwner); err != nil {
-		return nil, err
+	if s.lock == nil {
+		if s.lock, err = s.dir.lock(context.Background(), s.cfg.LockWait, cfg.AskOwner); err != nil {
+			return nil, err
+		}
 	}
 	if s.fsRoom, err = s.dir.room(); err != nil {
 		return nil, err
