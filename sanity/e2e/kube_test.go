@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -75,25 +75,26 @@ func (t *test) makeNamespace() {
 	})
 }
 
+// deleteNamespace ends the pods, and asks for the deletion of the rest: the last test sees that it ends.
 func (t *test) deleteNamespace(name string) {
 	ctx, cancel := afterwards()
 	defer cancel()
-	if err := t.client.CoreV1().Namespaces().Delete(ctx, name, meta.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
-		t.Errorf("delete namespace %s: %v", name, err)
-		return
-	}
-	t2 := &test{T: t.T, env: t.env, ctx: ctx, ns: name}
-	gone := func() bool {
-		_, err := t.client.CoreV1().Namespaces().Get(ctx, name, meta.GetOptions{})
-		return apierrors.IsNotFound(err)
-	}
-	for !gone() {
-		if ctx.Err() != nil {
-			t.Errorf("namespace %s cannot be deleted", name)
-			t2.keepLogs(t.Name() + " deletion")
-			return
+	pods := t.client.CoreV1().Pods(name)
+	grace := int64(1)
+	err := pods.DeleteCollection(ctx, meta.DeleteOptions{GracePeriodSeconds: &grace}, meta.ListOptions{})
+	for err == nil {
+		list, listErr := pods.List(ctx, meta.ListOptions{})
+		if err = listErr; err != nil || len(list.Items) == 0 {
+			break
 		}
 		eventuallyPause(ctx)
+	}
+	if err != nil {
+		(&test{T: t.T, env: t.env, ctx: ctx, ns: name}).keepLogs(t.Name() + " deletion")
+		t.Errorf("the pods of namespace %s do not end: %v", name, err)
+	}
+	if err := t.client.CoreV1().Namespaces().Delete(ctx, name, meta.DeleteOptions{}); err != nil {
+		t.Errorf("delete namespace %s: %v", name, err)
 	}
 }
 
@@ -261,6 +262,18 @@ func (t *test) saidOf(name string, words ...string) string {
 	return found
 }
 
+// output takes what two streams write at once.
+type output struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.b.Write(p)
+}
+
 // exec runs a command in a pod's container and returns what it prints.
 func (t *test) exec(pod string, command ...string) (string, error) {
 	return t.execIn(t.ns, pod, "main", command...)
@@ -273,14 +286,14 @@ func (t *test) execIn(ns, pod, container string, command ...string) (string, err
 	if err != nil {
 		return "", err
 	}
-	var out bytes.Buffer
+	var out output
 	ctx, cancel := context.WithTimeout(t.ctx, time.Minute)
 	defer cancel()
 	err = e.StreamWithContext(ctx, remotecommand.StreamOptions{Stdout: &out, Stderr: &out})
 	if err != nil {
-		err = fmt.Errorf("%s in %s: %w: %s", strings.Join(command, " "), pod, err, out.String())
+		err = fmt.Errorf("%s in %s: %w: %s", strings.Join(command, " "), pod, err, out.b.String())
 	}
-	return strings.TrimSpace(out.String()), err
+	return strings.TrimSpace(out.b.String()), err
 }
 
 func (t *test) mustExec(pod string, command ...string) string {

@@ -59,10 +59,9 @@ func restartedContainerReads(t *test) {
 	d := t.put(2, 1<<20)
 	t.claim("data", t.classFor(d))
 	spec := podSpec(claimed("data"), inline(t.secret(), d.attributes()))
-	spec.Containers[0].Command = []string{"sh", "-c", "trap 'exit 3' TERM; while [ ! -e /tmp/end ]; do sleep 0.1; done"}
+	spec.Containers[0].Command = []string{"sh", "-c", "rm -f /tmp/end; trap exit TERM; while [ ! -e /tmp/end ]; do sleep 0.1; done"}
 	spec.Volumes = append(spec.Volumes, core.Volume{Name: "tmp", VolumeSource: core.VolumeSource{EmptyDir: &core.EmptyDirVolumeSource{}}})
-	spec.Containers[0].VolumeMounts = append(spec.Containers[0].VolumeMounts, core.VolumeMount{Name: "tmp", MountPath: "/tmp", SubPathExpr: ""})
-	spec.Containers[0].Command[2] = "rm -f /tmp/end; " + spec.Containers[0].Command[2]
+	spec.Containers[0].VolumeMounts = append(spec.Containers[0].VolumeMounts, core.VolumeMount{Name: "tmp", MountPath: "/tmp"})
 	t.run("reader", spec)
 	t.mustExec("reader", "touch", "/tmp/end")
 	t.eventually(60*time.Second, func() string { return "the container is not started again: " + t.why("reader") }, func() bool {
@@ -80,6 +79,9 @@ func userNamespaceReads(t *test) {
 	t.claim("data", t.classFor(d))
 	own, uid, group := false, int64(185), int64(2000)
 	spec := podSpec(claimed("data"), inline(t.secret(), d.attributes()))
+	for i := range spec.Containers[0].VolumeMounts {
+		spec.Containers[0].VolumeMounts[i].ReadOnly = true // in a user namespace a runtime cannot mount it otherwise
+	}
 	spec.HostUsers, spec.SecurityContext.RunAsUser, spec.SecurityContext.FSGroup = &own, &uid, &group
 	t.run("reader", spec)
 	if m := t.mustExec("reader", "cat", "/proc/self/uid_map"); strings.Fields(m)[1] == "0" {

@@ -96,7 +96,7 @@ func (t *test) requests(d data, kind string) []string {
 }
 
 // gets are how many objects of a dataset, or ranges of them, were asked for.
-func (t *test) gets(d data) int { t.Helper(); return len(t.requests(d, "REST.GET.OBJECT")) }
+func (t *test) gets(d data) int { t.Helper(); return len(t.requests(d, "s3_GetObject ")) }
 
 // attributes are those of an inline volume, and the parameters of a class without its Secrets.
 func (d data) attributes(more ...string) map[string]string {

@@ -75,7 +75,7 @@ func podsShareCache(t *test) {
 	t.run("second", on(node, podSpec(inline(t.secret(), d.attributes()))))
 	t.verify("second", d, 0)
 	if after := t.gets(d); after != before {
-		t.Errorf("the second pod's reads cost %d requests:\n%s", after-before, strings.Join(t.requests(d, "REST.GET.OBJECT")[before:], "\n"))
+		t.Errorf("the second pod's reads cost %d requests:\n%s", after-before, strings.Join(t.requests(d, "s3_GetObject ")[before:], "\n"))
 	}
 	if one, two := t.worker("first", d, 0), t.worker("second", d, 0); one != two {
 		t.Errorf("on one node are the workers %s and %s", one, two)

@@ -75,7 +75,7 @@ func (c *cluster) makeProbeImage(probe string) error {
 				return err
 			}
 		}
-		for _, name := range strings.Fields("sh ls cat grep sleep mount stat id wget df mkdir rm echo touch sha256sum tail wc nslookup true dd") {
+		for _, name := range strings.Fields("sh ls cat grep sleep mount stat id wget df mkdir rm echo touch sha256sum tail env wc nslookup true dd") {
 			if err := os.Symlink("busybox", filepath.Join(bin, name)); err != nil {
 				return err
 			}

@@ -184,7 +184,10 @@ func (c *cluster) exec(node string, command []string) error {
 		return err
 	}
 	args := append([]string{"nsenter", "-t", strconv.Itoa(pid), "-m", "-u", "-i", "-n", "-p", "--"}, command...)
-	return syscall.Exec(nsenter, args, append(os.Environ(), "PATH="+c.bin()+":"+os.Getenv("PATH")))
+	if err := os.Setenv("PATH", c.bin()+":"+os.Getenv("PATH")); err != nil {
+		return err
+	}
+	return syscall.Exec(nsenter, args, os.Environ())
 }
 
 // ask sends a node's first process a command.

@@ -123,18 +123,22 @@ func write(_ context.Context, dir string) error {
 		return fmt.Errorf("%s is empty", dir)
 	}
 	file := filepath.Join(dir, entries[0].Name())
-	tries := []struct {
+	type try struct {
 		what string
 		do   func() error
-	}{
+	}
+	tries := []try{
 		{"create", func() error { _, err := os.Create(filepath.Join(dir, "new")); return err }},
-		{"open for writing", func() error { _, err := os.OpenFile(file, os.O_WRONLY, 0); return err }},
-		{"append", func() error { _, err := os.OpenFile(file, os.O_WRONLY|os.O_APPEND, 0); return err }},
 		{"remove", func() error { return os.Remove(file) }},
 		{"rename", func() error { return os.Rename(file, file+"2") }},
 		{"make a folder", func() error { return os.Mkdir(filepath.Join(dir, "folder"), 0o755) }},
 		{"change the mode", func() error { return os.Chmod(file, 0o777) }},
-		{"truncate", func() error { return os.Truncate(file, 0) }},
+	}
+	if entries[0].Type().IsRegular() { // and no socket
+		tries = append(tries,
+			try{"open for writing", func() error { _, err := os.OpenFile(file, os.O_WRONLY, 0); return err }},
+			try{"append", func() error { _, err := os.OpenFile(file, os.O_WRONLY|os.O_APPEND, 0); return err }},
+			try{"truncate", func() error { return os.Truncate(file, 0) }})
 	}
 	for _, t := range tries {
 		err := t.do()
