@@ -64,6 +64,7 @@ type Counters struct {
 	Spliced   atomic.Uint64 // READs answered from the cache file without a copy
 	Stale     atomic.Uint64 // opens answered with ESTALE
 	Resends   atomic.Uint64 // times the kernel was asked to deliver requests again
+	Resent    atomic.Uint64 // requests that it delivered again, and that were answered
 }
 
 // errnos is the whole mapping; what it does not list is EIO.
@@ -96,6 +97,7 @@ type Mount struct {
 	data               atomic.Pointer[dataset.Dataset]
 	pass               atomic.Bool // passthrough was negotiated and has not failed since
 	resend             bool        // RESEND was negotiated
+	inherited          sync.Once   // an earlier worker's request was answered
 
 	told map[uint32]uint64 // by thread: the node whose open was answered ESTALE; guarded by table.mu
 
@@ -465,9 +467,6 @@ func (m *Mount) Unlink(_ <-chan struct{}, in *fuse.InHeader, name string) fuse.S
 	delete(m.table.names, key)
 	return fuse.OK
 }
-
-// resent reports whether the kernel delivers a request again, which may have been executed.
-func resent(h *fuse.InHeader) bool { return h.Unique>>63 == 1 }
 
 // What would change something is refused; a published mount is read-only anyway.
 

@@ -44,7 +44,7 @@ func Adopt(cfg Config, device, memfd, init *os.File, fresh bool, uuid string) (_
 	if err != nil {
 		return nil, fmt.Errorf("dup INIT socket: %w", err)
 	}
-	srv, err := fuse.NewServer(m, fmt.Sprintf("/dev/fd/%d", fd), m.options())
+	srv, err := fuse.NewServer(counted{m}, fmt.Sprintf("/dev/fd/%d", fd), m.options())
 	if err == nil {
 		err = touchBuffers(srv)
 	}

@@ -51,6 +51,8 @@ func serveMounts() {
 		switch in.Text() {
 		case "reads":
 			fail(out.Encode(fmt.Sprint(w.counters.Reads.Load())))
+		case "resent":
+			fail(out.Encode(fmt.Sprint(w.counters.Resent.Load())))
 		case "nodes":
 			nodes := 0
 			for _, s := range w.all() {
@@ -250,11 +252,17 @@ func TestReadersDoNotNoticeThatTheWorkerIsReplaced(t *testing.T) {
 			blocked := u.ask(call{Op: "pread", FD: u.open(w.data("hang")), Off: 1 << 20, Len: 5000})
 			first.expect("hanging")
 
+			if n := first.ask("resent"); n != "0" {
+				t.Errorf("%s requests of the first worker count as delivered again", n)
+			}
 			replace(first)
 			looking := u.ask(call{Op: "stat", Path: w.data("cold")}) // while there is no worker
 			second := w.startWorker()
 			if a := await(t, blocked, "the blocked read"); a.Errno != 0 || !bytes.Equal(a.Data, w.want["hang"][1<<20:1<<20+5000]) {
 				t.Errorf("the blocked read: %d bytes, %v", len(a.Data), a.Errno)
+			}
+			if second.ask("resent") == "0" {
+				t.Error("the blocked read is not counted as delivered again")
 			}
 			if a := await(t, looking, "the look-up"); a.Errno != 0 || a.Stat.Size != int64(len(w.want["cold"])) {
 				t.Errorf("the look-up without a worker: %v", a.Errno)
