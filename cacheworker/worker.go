@@ -114,6 +114,7 @@ type Worker struct {
 	sources  *sources
 	mounts   *mounts
 	network  network
+	users    *users
 }
 
 // New checks the configuration.
@@ -121,7 +122,7 @@ func New(cfg Config) (*Worker, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	return &Worker{cfg: cfg, log: cfg.Log, started: time.Now()}, nil
+	return &Worker{cfg: cfg, log: cfg.Log, started: time.Now(), users: newUsers()}, nil
 }
 
 // Run serves until ctx ends. It leaves the mounts to the broker: their readers wait for the
@@ -183,7 +184,7 @@ func (w *Worker) reportToMaster(ctx context.Context) error {
 	if w.cfg.Master == "" {
 		return nil
 	}
-	c, err := client.New(client.Config{Target: w.cfg.Master, Log: w.log})
+	c, err := client.New(client.Config{Target: w.cfg.Master, Changed: w.users.changed, Log: w.log})
 	if err != nil {
 		return err
 	}
@@ -196,7 +197,7 @@ func (w *Worker) report() client.Report {
 	return client.Report{
 		Registration: client.Registration{
 			UUID: w.store.UUID().String(), Node: w.cfg.Node, Version: w.cfg.Version, CapacityBytes: w.store.Stats().CapacityBytes,
-			Addresses: w.network.addresses(), Key: w.network.key, Volumes: w.mounts.published(),
+			Addresses: w.network.addresses(), Key: w.network.key, Volumes: w.users.of(w.mounts.published()),
 		},
 		Beat: client.Beat{Stats: w.counts()},
 	}

@@ -209,9 +209,15 @@ func TestTheFakeBrokerMountsForReal(t *testing.T) {
 type fakeStats struct {
 	stats VolumeStats
 	err   error
+	users []map[string][]Pod // told
 }
 
 func (s *fakeStats) VolumeStats(context.Context, string) (VolumeStats, error) { return s.stats, s.err }
+
+func (s *fakeStats) TellUsers(_ context.Context, of map[string][]Pod) error {
+	s.users = append(s.users, of)
+	return s.err
+}
 
 // fakeVolumes is a master in memory.
 type fakeVolumes struct {

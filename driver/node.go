@@ -52,6 +52,7 @@ type node struct {
 	log    *slog.Logger
 	ready  func(context.Context) error
 	health *podHealth // nil without a kubelet
+	users  *users     // nil without a kubelet
 	busy   inFlight
 }
 
@@ -67,6 +68,7 @@ func newNode(cfg Config, rules rules, broker Broker, stats Stats) (*node, error)
 	n := &node{id: cfg.NodeID, inline: inline, rules: rules, broker: broker, stats: stats, log: cfg.Log, ready: cfg.Ready}
 	if cfg.KubeletDir != "" {
 		n.health = newPodHealth(broker, stats, cfg.Pods, cfg.KubeletDir, cfg.Log)
+		n.users = newUsers(n.health, stats.TellUsers, cfg.Log)
 	}
 	return n, nil
 }
@@ -336,6 +338,7 @@ func (n *node) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolume
 	if err := publish(ctx, req, want, target); err != nil {
 		return nil, err
 	}
+	n.users.changed(req.GetVolumeContext())
 	return &csi.NodePublishVolumeResponse{}, nil
 }
 
@@ -505,6 +508,7 @@ func (n *node) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVo
 	if err := n.unpublish(ctx, id, target); err != nil {
 		return nil, err
 	}
+	n.users.changed(nil)
 	return &csi.NodeUnpublishVolumeResponse{}, nil
 }
 

@@ -47,10 +47,29 @@ const (
 	secretToken = "AWS_SESSION_TOKEN"
 )
 
-// What orchestrators add to parameters and contexts; of these only keyEphemeral is used.
+// What orchestrators add to parameters and contexts; of these only keyEphemeral and the keys of podOf are used.
 var foreignPrefixes = []string{"csi.storage.k8s.io/", "storage.kubernetes.io/"}
 
 const keyEphemeral = "csi.storage.k8s.io/ephemeral"
+
+// What the kubelet says of the pod, where the CSIDriver has podInfoOnMount.
+const (
+	keyPodNamespace = "csi.storage.k8s.io/pod.namespace"
+	keyPodName      = "csi.storage.k8s.io/pod.name"
+	keyPodUID       = "csi.storage.k8s.io/pod.uid"
+)
+
+var (
+	podUID  = regexp.MustCompile(`^[A-Za-z0-9-]{1,128}$`)
+	podName = regexp.MustCompile(`^[a-z0-9.-]{0,253}$`)
+)
+
+// podOf is the pod that a volume is published to; ok is false if none is named, or none that
+// Kubernetes could have.
+func podOf(attrs map[string]string) (p Pod, ok bool) {
+	p = Pod{UID: attrs[keyPodUID], Namespace: attrs[keyPodNamespace], Name: attrs[keyPodName]}
+	return p, podUID.MatchString(p.UID) && podName.MatchString(p.Namespace) && podName.MatchString(p.Name)
+}
 
 const (
 	defaultFreshness = time.Minute

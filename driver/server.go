@@ -96,6 +96,7 @@ type Server struct {
 	socket string
 	grpc   *grpc.Server
 	health *podHealth // nil for a controller, and without a kubelet
+	users  *users     // likewise
 }
 
 // New checks the configuration and wires the services. volumes is for the controller,
@@ -132,7 +133,7 @@ func New(cfg Config, volumes Volumes, broker Broker, stats Stats) (*Server, erro
 		if err != nil {
 			return nil, err
 		}
-		s.health = n.health
+		s.health, s.users = n.health, n.users
 		csi.RegisterNodeServer(s.grpc, n)
 	}
 	return s, nil
@@ -151,6 +152,7 @@ func (s *Server) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return s.serve(ctx, l) })
 	g.Go(func() error { return s.health.run(ctx) })
+	g.Go(func() error { return s.users.run(ctx) })
 	return g.Wait()
 }
 

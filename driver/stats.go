@@ -18,6 +18,9 @@ import (
 // Stats asks the worker about a volume it serves; object.ErrNotFound if it serves no such.
 type Stats interface {
 	VolumeStats(ctx context.Context, volumeID string) (VolumeStats, error)
+	// TellUsers tells the worker the pods that its volumes are published to, by volume; it
+	// forgets what it was told before.
+	TellUsers(ctx context.Context, of map[string][]Pod) error
 }
 
 // VolumeStats is what a worker knows of a volume.

@@ -486,6 +486,199 @@ func (x *Feature) GetReason() string {
 	return ""
 }
 
+type UsersRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volumes       []*VolumeUsers         `protobuf:"bytes,1,rep,name=volumes,proto3" json:"volumes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UsersRequest) Reset() {
+	*x = UsersRequest{}
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UsersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UsersRequest) ProtoMessage() {}
+
+func (x *UsersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UsersRequest.ProtoReflect.Descriptor instead.
+func (*UsersRequest) Descriptor() ([]byte, []int) {
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *UsersRequest) GetVolumes() []*VolumeUsers {
+	if x != nil {
+		return x.Volumes
+	}
+	return nil
+}
+
+type VolumeUsers struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	Pods          []*Pod                 `protobuf:"bytes,2,rep,name=pods,proto3" json:"pods,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeUsers) Reset() {
+	*x = VolumeUsers{}
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeUsers) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeUsers) ProtoMessage() {}
+
+func (x *VolumeUsers) ProtoReflect() protoreflect.Message {
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeUsers.ProtoReflect.Descriptor instead.
+func (*VolumeUsers) Descriptor() ([]byte, []int) {
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *VolumeUsers) GetVolumeId() string {
+	if x != nil {
+		return x.VolumeId
+	}
+	return ""
+}
+
+func (x *VolumeUsers) GetPods() []*Pod {
+	if x != nil {
+		return x.Pods
+	}
+	return nil
+}
+
+// Pod is as far known as the kubelet told: the uid at least.
+type Pod struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Namespace     string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Uid           string                 `protobuf:"bytes,3,opt,name=uid,proto3" json:"uid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Pod) Reset() {
+	*x = Pod{}
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Pod) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Pod) ProtoMessage() {}
+
+func (x *Pod) ProtoReflect() protoreflect.Message {
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Pod.ProtoReflect.Descriptor instead.
+func (*Pod) Descriptor() ([]byte, []int) {
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Pod) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *Pod) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Pod) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+type UsersReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UsersReply) Reset() {
+	*x = UsersReply{}
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UsersReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UsersReply) ProtoMessage() {}
+
+func (x *UsersReply) ProtoReflect() protoreflect.Message {
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UsersReply.ProtoReflect.Descriptor instead.
+func (*UsersReply) Descriptor() ([]byte, []int) {
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{8}
+}
+
 var File_cacheworker_workerpb_worker_proto protoreflect.FileDescriptor
 
 const file_cacheworker_workerpb_worker_proto_rawDesc = "" +
@@ -536,9 +729,21 @@ const file_cacheworker_workerpb_worker_proto_rawDesc = "" +
 	"\aFeature\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tavailable\x18\x02 \x01(\bR\tavailable\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason2\x9e\x01\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"G\n" +
+	"\fUsersRequest\x127\n" +
+	"\avolumes\x18\x01 \x03(\v2\x1d.larder.worker.v1.VolumeUsersR\avolumes\"U\n" +
+	"\vVolumeUsers\x12\x1b\n" +
+	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12)\n" +
+	"\x04pods\x18\x02 \x03(\v2\x15.larder.worker.v1.PodR\x04pods\"I\n" +
+	"\x03Pod\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
+	"\x03uid\x18\x03 \x01(\tR\x03uid\"\f\n" +
+	"\n" +
+	"UsersReply2\xe5\x01\n" +
 	"\x06Worker\x12I\n" +
-	"\x06Status\x12\x1f.larder.worker.v1.StatusRequest\x1a\x1e.larder.worker.v1.WorkerStatus\x12I\n" +
+	"\x06Status\x12\x1f.larder.worker.v1.StatusRequest\x1a\x1e.larder.worker.v1.WorkerStatus\x12E\n" +
+	"\x05Users\x12\x1e.larder.worker.v1.UsersRequest\x1a\x1c.larder.worker.v1.UsersReply\x12I\n" +
 	"\x06Volume\x12\x1f.larder.worker.v1.VolumeRequest\x1a\x1e.larder.worker.v1.VolumeStatusB1Z/github.com/larderfs/larder/cacheworker/workerpbb\x06proto3"
 
 var (
@@ -553,28 +758,36 @@ func file_cacheworker_workerpb_worker_proto_rawDescGZIP() []byte {
 	return file_cacheworker_workerpb_worker_proto_rawDescData
 }
 
-var file_cacheworker_workerpb_worker_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_cacheworker_workerpb_worker_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_cacheworker_workerpb_worker_proto_goTypes = []any{
 	(*StatusRequest)(nil),         // 0: larder.worker.v1.StatusRequest
 	(*WorkerStatus)(nil),          // 1: larder.worker.v1.WorkerStatus
 	(*VolumeRequest)(nil),         // 2: larder.worker.v1.VolumeRequest
 	(*VolumeStatus)(nil),          // 3: larder.worker.v1.VolumeStatus
 	(*Feature)(nil),               // 4: larder.worker.v1.Feature
-	(*timestamppb.Timestamp)(nil), // 5: google.protobuf.Timestamp
+	(*UsersRequest)(nil),          // 5: larder.worker.v1.UsersRequest
+	(*VolumeUsers)(nil),           // 6: larder.worker.v1.VolumeUsers
+	(*Pod)(nil),                   // 7: larder.worker.v1.Pod
+	(*UsersReply)(nil),            // 8: larder.worker.v1.UsersReply
+	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
 }
 var file_cacheworker_workerpb_worker_proto_depIdxs = []int32{
-	5, // 0: larder.worker.v1.WorkerStatus.started:type_name -> google.protobuf.Timestamp
+	9, // 0: larder.worker.v1.WorkerStatus.started:type_name -> google.protobuf.Timestamp
 	3, // 1: larder.worker.v1.WorkerStatus.volumes:type_name -> larder.worker.v1.VolumeStatus
 	4, // 2: larder.worker.v1.WorkerStatus.features:type_name -> larder.worker.v1.Feature
-	0, // 3: larder.worker.v1.Worker.Status:input_type -> larder.worker.v1.StatusRequest
-	2, // 4: larder.worker.v1.Worker.Volume:input_type -> larder.worker.v1.VolumeRequest
-	1, // 5: larder.worker.v1.Worker.Status:output_type -> larder.worker.v1.WorkerStatus
-	3, // 6: larder.worker.v1.Worker.Volume:output_type -> larder.worker.v1.VolumeStatus
-	5, // [5:7] is the sub-list for method output_type
-	3, // [3:5] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	6, // 3: larder.worker.v1.UsersRequest.volumes:type_name -> larder.worker.v1.VolumeUsers
+	7, // 4: larder.worker.v1.VolumeUsers.pods:type_name -> larder.worker.v1.Pod
+	0, // 5: larder.worker.v1.Worker.Status:input_type -> larder.worker.v1.StatusRequest
+	5, // 6: larder.worker.v1.Worker.Users:input_type -> larder.worker.v1.UsersRequest
+	2, // 7: larder.worker.v1.Worker.Volume:input_type -> larder.worker.v1.VolumeRequest
+	1, // 8: larder.worker.v1.Worker.Status:output_type -> larder.worker.v1.WorkerStatus
+	8, // 9: larder.worker.v1.Worker.Users:output_type -> larder.worker.v1.UsersReply
+	3, // 10: larder.worker.v1.Worker.Volume:output_type -> larder.worker.v1.VolumeStatus
+	8, // [8:11] is the sub-list for method output_type
+	5, // [5:8] is the sub-list for method input_type
+	5, // [5:5] is the sub-list for extension type_name
+	5, // [5:5] is the sub-list for extension extendee
+	0, // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_cacheworker_workerpb_worker_proto_init() }
@@ -588,7 +801,7 @@ func file_cacheworker_workerpb_worker_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_cacheworker_workerpb_worker_proto_rawDesc), len(file_cacheworker_workerpb_worker_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

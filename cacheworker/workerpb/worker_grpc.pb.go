@@ -22,6 +22,7 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	Worker_Status_FullMethodName = "/larder.worker.v1.Worker/Status"
+	Worker_Users_FullMethodName  = "/larder.worker.v1.Worker/Users"
 	Worker_Volume_FullMethodName = "/larder.worker.v1.Worker/Volume"
 )
 
@@ -31,6 +32,9 @@ const (
 type WorkerClient interface {
 	// Status is cheap: it reads counters and touches no file system but the cache's own.
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*WorkerStatus, error)
+	// Users tells the worker the pods that its volumes are published to, for the master. What it was
+	// told before is forgotten.
+	Users(ctx context.Context, in *UsersRequest, opts ...grpc.CallOption) (*UsersReply, error)
 	// Volume tells about one volume that is mounted here; NOT_FOUND for any other.
 	Volume(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*VolumeStatus, error)
 }
@@ -53,6 +57,16 @@ func (c *workerClient) Status(ctx context.Context, in *StatusRequest, opts ...gr
 	return out, nil
 }
 
+func (c *workerClient) Users(ctx context.Context, in *UsersRequest, opts ...grpc.CallOption) (*UsersReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UsersReply)
+	err := c.cc.Invoke(ctx, Worker_Users_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *workerClient) Volume(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*VolumeStatus, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(VolumeStatus)
@@ -69,6 +83,9 @@ func (c *workerClient) Volume(ctx context.Context, in *VolumeRequest, opts ...gr
 type WorkerServer interface {
 	// Status is cheap: it reads counters and touches no file system but the cache's own.
 	Status(context.Context, *StatusRequest) (*WorkerStatus, error)
+	// Users tells the worker the pods that its volumes are published to, for the master. What it was
+	// told before is forgotten.
+	Users(context.Context, *UsersRequest) (*UsersReply, error)
 	// Volume tells about one volume that is mounted here; NOT_FOUND for any other.
 	Volume(context.Context, *VolumeRequest) (*VolumeStatus, error)
 	mustEmbedUnimplementedWorkerServer()
@@ -83,6 +100,9 @@ type UnimplementedWorkerServer struct{}
 
 func (UnimplementedWorkerServer) Status(context.Context, *StatusRequest) (*WorkerStatus, error) {
 	return nil, status.Error(codes.Unimplemented, "method Status not implemented")
+}
+func (UnimplementedWorkerServer) Users(context.Context, *UsersRequest) (*UsersReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Users not implemented")
 }
 func (UnimplementedWorkerServer) Volume(context.Context, *VolumeRequest) (*VolumeStatus, error) {
 	return nil, status.Error(codes.Unimplemented, "method Volume not implemented")
@@ -126,6 +146,24 @@ func _Worker_Status_Handler(srv interface{}, ctx context.Context, dec func(inter
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Worker_Users_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UsersRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(WorkerServer).Users(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Worker_Users_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(WorkerServer).Users(ctx, req.(*UsersRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Worker_Volume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(VolumeRequest)
 	if err := dec(in); err != nil {
@@ -154,6 +192,10 @@ var Worker_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Status",
 			Handler:    _Worker_Status_Handler,
+		},
+		{
+			MethodName: "Users",
+			Handler:    _Worker_Users_Handler,
 		},
 		{
 			MethodName: "Volume",

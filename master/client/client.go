@@ -63,6 +63,8 @@ type Config struct {
 	Target  string        // "unix:///path" or "host:port"; of several masters all, with commas between
 	Timeout time.Duration // of a call whose context has no deadline; 0 means 10s
 	Log     *slog.Logger  // nil means none
+
+	Changed <-chan struct{} // has [Client.Run] report soon; nil never does
 }
 
 // Client is safe for concurrent use.
@@ -70,13 +72,14 @@ type Client struct {
 	conns   []*grpc.ClientConn
 	masters []masterpb.MasterClient // of conns
 	current atomic.Int64            // the one that answered last
+	changed <-chan struct{}
 	timeout time.Duration
 	log     *slog.Logger
 }
 
 // New makes a client without connecting.
 func New(cfg Config) (*Client, error) {
-	c := &Client{timeout: cfg.Timeout, log: cfg.Log}
+	c := &Client{timeout: cfg.Timeout, log: cfg.Log, changed: cfg.Changed}
 	if c.timeout == 0 {
 		c.timeout = 10 * time.Second
 	}

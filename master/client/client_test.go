@@ -3,10 +3,10 @@ package client_test
 import (
 	"context"
 	"errors"
-	"log/slog"
 	"net"
 	"path/filepath"
 	"reflect"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -68,6 +68,22 @@ func (f *fake) ListVolumes(_ context.Context, req *masterpb.ListVolumesRequest) 
 
 func serve(t *testing.T, f *fake) *client.Client {
 	t.Helper()
+	return dial(t, client.Config{Target: listen(t, f)})
+}
+
+func dial(t *testing.T, cfg client.Config) *client.Client {
+	t.Helper()
+	c, err := client.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// listen serves the fake and returns its address.
+func listen(t *testing.T, f *fake) (target string) {
+	t.Helper()
 	sock := filepath.Join(t.TempDir(), "s")
 	l, err := net.Listen("unix", sock)
 	if err != nil {
@@ -83,12 +99,70 @@ func serve(t *testing.T, f *fake) *client.Client {
 			t.Error(err)
 		}
 	})
-	c, err := client.New(client.Config{Target: "unix://" + sock, Log: slog.New(slog.DiscardHandler)})
+	return "unix://" + sock
+}
+
+func TestRunReportsSoonWhenItIsToldOfAChange(t *testing.T) {
+	f := &fake{calls: make(chan proto.Message)}
+	changed := make(chan struct{}, 1)
+	c := dial(t, client.Config{Target: listen(t, f), Changed: changed})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	reg := client.Registration{UUID: "u", Node: "n"}
+	go func() {
+		done <- c.Run(ctx, func() client.Report { return client.Report{Registration: reg} }, time.Hour)
+	}()
+	<-f.calls
+	changed <- struct{}{}
+	if got, ok := (<-f.calls).(*masterpb.HeartbeatRequest); !ok {
+		t.Errorf("told %v", got)
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestTheNextMasterIsAskedWhenOneIsAway(t *testing.T) {
+	away := "unix://" + filepath.Join(t.TempDir(), "none")
+	unwell, well := &fake{err: record.ErrUnavailable}, &fake{}
+	first, last := listen(t, unwell), listen(t, well)
+	for range 5 { // it begins with any of them
+		c := dial(t, client.Config{Target: strings.Join([]string{away, first, last}, ",")})
+		for range 3 {
+			if _, _, err := c.Volumes(t.Context(), 0, ""); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	well.set("", record.ErrNotFound) // an answer is an answer
+	c := dial(t, client.Config{Target: last + "," + away})
+	if _, _, err := c.Volumes(t.Context(), 0, ""); !errors.Is(err, client.ErrNotFound) {
+		t.Errorf("%v; want not found", err)
+	}
+	none := dial(t, client.Config{Target: away + "," + first})
+	if _, _, err := none.Volumes(t.Context(), 0, ""); !errors.Is(err, client.ErrUnavailable) {
+		t.Errorf("%v; want unavailable", err)
+	}
+	for _, target := range []string{"", "a:1,", "a:1, b:1"} {
+		if _, err := client.New(client.Config{Target: target}); !errors.Is(err, client.ErrInvalid) {
+			t.Errorf("target %q: %v", target, err)
+		}
+	}
+}
+
+func TestAMasterThatHangsLeavesTimeForTheNext(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0") // accepts, and says nothing
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { c.Close() })
-	return c
+	defer l.Close()
+	c := dial(t, client.Config{Target: l.Addr().String() + "," + listen(t, &fake{}), Timeout: 2 * time.Second})
+	for range 4 {
+		if _, _, err := c.Volumes(t.Context(), 0, ""); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 func TestRunRegistersOnceAndAgainWhenNeeded(t *testing.T) {

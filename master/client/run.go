@@ -19,7 +19,7 @@ type Report struct {
 const retryPause = 2 * time.Second
 
 // Run keeps the worker registered until ctx ends: it registers, sends a heartbeat every
-// interval (0 means a third of the lease), and registers again when the report's Registration
+// interval (0 means a third of the lease) or when Config.Changed says so, and registers again when the report's Registration
 // changes or the master has forgotten it. A master that is away is logged, once, and is no
 // error: Run returns nil when ctx ends. The report is asked for from this goroutine only, and
 // what it returned is not changed afterwards.
@@ -44,9 +44,26 @@ func (c *Client) Run(ctx context.Context, report func() Report, interval time.Du
 				c.log.Info("registered with master", "node", r.Node, "lease", lease)
 			}
 		}
-		if !sleep(ctx, pause(interval, lease, err)) {
+		if !c.wait(ctx, pause(interval, lease, err)) {
 			return nil
 		}
+	}
+}
+
+// together is how long changes are waited for that come in a row: a report is all of them.
+const together = 100 * time.Millisecond
+
+// wait waits for d, or for a change of the report.
+func (c *Client) wait(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-c.changed:
+		return sleep(ctx, min(d, together))
+	case <-ctx.Done():
+		return false
 	}
 }
 
