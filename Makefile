@@ -5,7 +5,7 @@ KILLS    ?= 1000
 VERSION  ?= 0.1.0
 IMAGE    ?= localhost/larder:$(VERSION)
 
-.PHONY: build image demo chaos test test-race test-one-cpu fuzz sanity bench lint generate check help
+.PHONY: build image demo chaos test test-race test-one-cpu fuzz sanity bench test-deploy lint generate check help
 .DEFAULT_GOAL := build
 
 build: ## compile build/larder
@@ -47,11 +47,15 @@ chaos: fusectl ## kill worker and broker under readers that check every byte, un
 	go build -o build/chaos ./sanity/chaos
 	@build/chaos -kills $(KILLS)
 
+test-deploy: ## manifests, Helm chart, examples and image builder, without a cluster
+	cd deploy && go vet ./... && go test -count=1 ./...
+
 lint: ## gofmt, vet, staticcheck, import direction, generated code, house rules
 	go test -count=1 ./sanity/lint
 
-generate: ## write the Go files of the .proto files
+generate: ## write the Go files of the .proto files, and the Helm chart from the kustomize base
 	go run ./sanity/protogen
+	cd deploy/helm && go run .
 
 check: lint test demo ## all that has to pass before a change lands
 
