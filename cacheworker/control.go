@@ -79,9 +79,12 @@ func reason(available bool, lacks string) string {
 	return "not offered by " + lacks
 }
 
+const troubleFresh = time.Minute // a failure that is older says nothing of now
+
 func volumeStatus(id string, h *held) *workerpb.VolumeStatus {
 	nodes, open := h.Stats()
-	return &workerpb.VolumeStatus{VolumeId: id, Healthy: true, Nodes: uint64(nodes), OpenHandles: uint64(open)}
+	trouble := h.Trouble(troubleFresh)
+	return &workerpb.VolumeStatus{VolumeId: id, Healthy: trouble == "", Condition: trouble, Nodes: uint64(nodes), OpenHandles: uint64(open)}
 }
 
 // Volume implements workerpb.WorkerServer.
@@ -95,6 +98,7 @@ func (c control) Volume(ctx context.Context, req *workerpb.VolumeRequest) (*work
 	out.UsedBytes, out.TotalBytes = s.CachedBytes, s.CapacityBytes
 	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
 	defer cancel()
+	out.Healthy, out.Condition = true, "" // it is asked, whatever readers were told
 	if err := (socketVolume{c.w.mounts, h}).dataset().Check(ctx); err != nil {
 		out.Healthy, out.Condition = false, err.Error()
 	}

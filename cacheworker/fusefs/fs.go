@@ -99,6 +99,8 @@ type Mount struct {
 	resend             bool        // RESEND was negotiated
 	inherited          sync.Once   // an earlier worker's request was answered
 
+	trouble trouble
+
 	told map[uint32]uint64 // by thread: the node whose open was answered ESTALE; guarded by table.mu
 
 	dirMu   sync.Mutex // guards dirs
@@ -178,11 +180,13 @@ func (m *Mount) status(op string, n *node, err error) fuse.Status {
 	for _, e := range errnos {
 		if errors.Is(err, e.err) {
 			if e.err == object.ErrDenied {
+				m.trouble.note(err)
 				m.cfg.Log.Warn("denied", "op", op, "volume", m.cfg.Volume.ID, "err", err)
 			}
 			return e.errno
 		}
 	}
+	m.trouble.note(err)
 	m.cfg.Log.Error(op, "volume", m.cfg.Volume.ID, "err", err)
 	return fuse.EIO
 }
