@@ -207,10 +207,13 @@ func TestTheFakeBrokerMountsForReal(t *testing.T) {
 
 // fakeStats says of every volume the same.
 type fakeStats struct {
-	stats VolumeStats
-	err   error
-	users []map[string][]Pod // told
+	stats    VolumeStats
+	troubles map[string]string
+	err      error
+	users    []map[string][]Pod // told
 }
+
+func (s *fakeStats) Troubles(context.Context) (map[string]string, error) { return s.troubles, nil }
 
 func (s *fakeStats) VolumeStats(context.Context, string) (VolumeStats, error) { return s.stats, s.err }
 

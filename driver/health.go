@@ -138,7 +138,7 @@ func (h *podHealth) look(ctx context.Context) error {
 		h.log.Warn("a pod's volume was lost; the pod must be started again", "pod", b.pod.String(), "volume", b.use.volume, "why", b.why)
 		errs = append(errs, h.warn(ctx, b.pod, b.use, "MountLost", b.message()))
 	}
-	return errors.Join(append(errs, h.lookForWorkers(ctx, uses))...)
+	return errors.Join(append(errs, h.lookForTroubles(ctx, uses))...)
 }
 
 func (h *podHealth) warn(ctx context.Context, p Pod, u use, reason, message string) error {
@@ -315,8 +315,8 @@ func (h *podHealth) forget(uses []use) {
 	maps.DeleteFunc(h.losses, func(target string, _ loss) bool { return !there[target] })
 }
 
-// lookForWorkers tells pods whose volumes wait for a worker that nothing is lost.
-func (h *podHealth) lookForWorkers(ctx context.Context, uses []use) error {
+// lookForTroubles tells pods of what is not lost: that a volume waits for a worker, or that its source fails.
+func (h *podHealth) lookForTroubles(ctx context.Context, uses []use) error {
 	if h.pods == nil || len(uses) == 0 {
 		return nil
 	}
@@ -324,13 +324,22 @@ func (h *podHealth) lookForWorkers(ctx context.Context, uses []use) error {
 	if err != nil {
 		return err
 	}
-	var waiting []use
+	troubles, err := h.stats.Troubles(ctx)
+	if err != nil && !errors.Is(err, object.ErrUnavailable) { // no worker: told below
+		return err
+	}
+	found := map[use][2]string{} // reason and message
 	for _, u := range uses {
-		if m, ok := v.volume(u.volume); ok && h.isAway(m.VolumeID, !m.Served) {
-			waiting = append(waiting, u)
+		m, ok := v.volume(u.volume)
+		switch {
+		case ok && h.isAway(m.VolumeID, !m.Served):
+			found[u] = [2]string{"WorkerAway", fmt.Sprintf("No cache worker serves volume %q now: reads of what is not cached in memory wait, and go on when one is back. "+
+				"Nothing needs to be restarted. See why the larder-worker pod of this node does not run", u.name)}
+		case ok && troubles[u.volume] != "":
+			found[u] = [2]string{"SourceFailing", fmt.Sprintf("A read of volume %q failed: %s. What is cached can be read all the same; the rest can as soon as the source answers", u.name, troubles[u.volume])}
 		}
 	}
-	if len(waiting) == 0 {
+	if len(found) == 0 {
 		return nil
 	}
 	pods, err := h.pods.Pods(ctx)
@@ -338,10 +347,9 @@ func (h *podHealth) lookForWorkers(ctx context.Context, uses []use) error {
 		return fmt.Errorf("list the pods of this node: %w", err)
 	}
 	var errs []error
-	for _, u := range waiting {
+	for u, f := range found {
 		if p, ok := pods[u.pod]; ok && !p.Ending {
-			errs = append(errs, h.warn(ctx, p, u, "WorkerAway", fmt.Sprintf("No cache worker serves volume %q now: reads of what is not cached in memory wait, and go on when one is back. "+
-				"Nothing needs to be restarted. See why the larder-worker pod of this node does not run", u.name)))
+			errs = append(errs, h.warn(ctx, p, u, f[0], f[1]))
 		}
 	}
 	return errors.Join(errs...)

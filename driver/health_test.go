@@ -204,6 +204,20 @@ func TestPodsAreToldOfAWorkerThatStaysAway(t *testing.T) {
 	})
 }
 
+func TestPodsAreToldOfASourceThatFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWard(t)
+		w.mount("v")
+		w.mount("w")
+		w.publish("a", "pvc-1", Name, "v")
+		w.publish("b", "pvc-2", Name, "w")
+		w.stats.troubles = map[string]string{"v": "bucket lake: access denied"}
+		wantTold(t, w.look(), `ns/pod-a SourceFailing|"pvc-1"|bucket lake: access denied`)
+		w.stats.troubles = nil
+		wantTold(t, w.look())
+	})
+}
+
 func TestLocalVolumesAreLookedAfterToo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWard(t)

@@ -18,6 +18,9 @@ import (
 // Stats asks the worker about a volume it serves; object.ErrNotFound if it serves no such.
 type Stats interface {
 	VolumeStats(ctx context.Context, volumeID string) (VolumeStats, error)
+	// Troubles are what last went wrong for readers of volumes, by id, where that was a moment
+	// ago. No store is asked.
+	Troubles(ctx context.Context) (map[string]string, error)
 	// TellUsers tells the worker the pods that its volumes are published to, by volume; it
 	// forgets what it was told before.
 	TellUsers(ctx context.Context, of map[string][]Pod) error
@@ -48,6 +51,21 @@ func (w WorkerStats) VolumeStats(ctx context.Context, volumeID string) (VolumeSt
 		}
 	}
 	return VolumeStats{}, fmt.Errorf("ask the worker: %s: %w", status.Convert(err).Message(), object.ErrUnavailable)
+}
+
+// Troubles implements [Stats].
+func (w WorkerStats) Troubles(ctx context.Context) (map[string]string, error) {
+	r, err := workerpb.NewWorkerClient(w.Conn).Status(ctx, &workerpb.StatusRequest{})
+	if err != nil {
+		return nil, fmt.Errorf("ask the worker: %s: %w", status.Convert(err).Message(), object.ErrUnavailable)
+	}
+	troubles := map[string]string{}
+	for _, v := range r.GetVolumes() {
+		if !v.GetHealthy() {
+			troubles[v.GetVolumeId()] = v.GetCondition()
+		}
+	}
+	return troubles, nil
 }
 
 // NodeGetVolumeStats reports bytes cached of bytes seen. What is available is reported as
