@@ -32,8 +32,8 @@ type control struct {
 	w *Worker
 }
 
+// serveControl leaves the socket's file when it ends: at a hand-over it is the next worker's by then.
 func serveControl(ctx context.Context, l net.Listener, w *Worker) error {
-	defer os.Remove(w.cfg.ControlSocket)
 	s := grpc.NewServer()
 	workerpb.RegisterWorkerServer(s, control{w: w})
 	defer context.AfterFunc(ctx, s.Stop)()
