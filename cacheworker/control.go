@@ -54,7 +54,7 @@ func (c control) Status(context.Context, *workerpb.StatusRequest) (*workerpb.Wor
 		ReadRequests: w.counters.Reads.Load(), ReadBytes: w.counters.ReadBytes.Load(),
 		HitChunks: uint64(f.HitChunks), MissChunks: uint64(f.MissChunks), FetchedBytes: uint64(r.Bytes.Load()),
 		ListRequests: uint64(r.Lists.Load()), HeadRequests: uint64(r.Heads.Load()), GetRequests: uint64(r.Gets.Load()),
-		Evictions: uint64(s.Evictions), EvictedBytes: uint64(s.EvictedBytes),
+		Evictions: uint64(s.Evictions), EvictedBytes: uint64(s.EvictedBytes), ResentRequests: w.counters.Resent.Load(),
 	}
 	w.mounts.mu.Lock()
 	out.Takeovers = w.mounts.takeovers
@@ -84,7 +84,14 @@ const troubleFresh = time.Minute // a failure that is older says nothing of now
 func volumeStatus(id string, h *held) *workerpb.VolumeStatus {
 	nodes, open := h.Stats()
 	trouble := h.Trouble(troubleFresh)
-	return &workerpb.VolumeStatus{VolumeId: id, Healthy: trouble == "", Condition: trouble, Nodes: uint64(nodes), OpenHandles: uint64(open)}
+	out := &workerpb.VolumeStatus{VolumeId: id, Healthy: trouble == "", Condition: trouble, Nodes: uint64(nodes), OpenHandles: uint64(open)}
+	if !h.Resend() {
+		out.Without = append(out.Without, "resend")
+	}
+	if !h.Passthrough() {
+		out.Without = append(out.Without, "passthrough")
+	}
+	return out
 }
 
 // Volume implements workerpb.WorkerServer.
@@ -124,6 +131,7 @@ var (
 	descFetched   = prometheus.NewDesc("larder_store_bytes_total", "Bytes fetched from under stores.", nil, nil)
 	descEvicted   = prometheus.NewDesc("larder_cache_evicted_bytes_total", "Bytes evicted.", nil, nil)
 	descTakeovers = prometheus.NewDesc("larder_takeovers_total", "Mounts taken over from an earlier worker.", nil, nil)
+	descResent    = prometheus.NewDesc("larder_resent_requests_total", "Requests that an earlier worker had left, and this one has answered.", nil, nil)
 	descMounts    = prometheus.NewDesc("larder_mounts", "Mounts served.", nil, nil)
 	descHidden    = prometheus.NewDesc("larder_hidden_keys", "Keys that no path can express, left out of listings.", nil, nil)
 )
@@ -159,6 +167,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	takeovers, n := w.mounts.takeovers, len(w.mounts.held)
 	w.mounts.mu.Unlock()
 	count(descTakeovers, float64(takeovers))
+	count(descResent, float64(w.counters.Resent.Load()))
 	gauge(descMounts, float64(n))
 }
 

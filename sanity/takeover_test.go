@@ -2,11 +2,13 @@ package sanity
 
 import (
 	"bufio"
+	"encoding/json"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -138,6 +140,34 @@ func mountsOf(t *testing.T, dir string) string {
 	return strings.Join(out, "\n")
 }
 
+// status is what larder status says of who holds the mounts.
+type status struct {
+	UUID           string
+	BrokerPID      int
+	ResentRequests int
+	Mounts         []struct {
+		Worker              string
+		WorkerPID           int
+		Since, WorkerSince  time.Time
+		Served              bool
+		Takeovers           int
+		LongestStallSeconds float64
+		Without             []string
+	}
+}
+
+func (a *apart) status() (s status) {
+	a.t.Helper()
+	out, err := exec.CommandContext(a.t.Context(), larderBinary, "status", "--run-dir", filepath.Join(a.dir, "run"), "-o", "json").Output()
+	if err == nil {
+		err = json.Unmarshal(out, &s)
+	}
+	if err != nil {
+		a.t.Fatalf("larder status: %v: %s", err, out)
+	}
+	return s
+}
+
 // A worker that never returns: reads end with an error after the deadline, readers that were
 // killed meanwhile end, and the volume is unpublished.
 func TestWorkerNeverReturns(t *testing.T) {
@@ -187,6 +217,12 @@ func TestKernelWithoutResend(t *testing.T) {
 	a.start("worker")
 	if got, err := f.read(); err != nil || !strings.HasPrefix(got, sum(pattern(2<<20, 7))) {
 		t.Errorf("a file that was open: %q, %v", got, err)
+	}
+	if s := a.status(); s.BrokerPID != a.procs["node"].Process.Pid || len(s.Mounts) != 1 {
+		t.Errorf("status: %+v; the broker is %d", s, a.procs["node"].Process.Pid)
+	} else if m := s.Mounts[0]; m.Worker != s.UUID || m.WorkerPID != a.procs["worker"].Process.Pid || m.Takeovers != 1 ||
+		m.LongestStallSeconds <= 0 || m.WorkerSince.Before(m.Since) || !slices.Equal(m.Without, []string{"passthrough", "resend"}) {
+		t.Errorf("after a take-over by %d: %+v", a.procs["worker"].Process.Pid, s)
 	}
 	held := make(chan error, 1)
 	store.SetHook(s3test.Times(1, s3test.Get, s3test.Stall(1)))

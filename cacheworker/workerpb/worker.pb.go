@@ -85,6 +85,7 @@ type WorkerStatus struct {
 	Takeovers       uint64                 `protobuf:"varint,20,opt,name=takeovers,proto3" json:"takeovers,omitempty"` // mounts taken over from an earlier worker
 	Volumes         []*VolumeStatus        `protobuf:"bytes,21,rep,name=volumes,proto3" json:"volumes,omitempty"`
 	Features        []*Feature             `protobuf:"bytes,22,rep,name=features,proto3" json:"features,omitempty"`
+	ResentRequests  uint64                 `protobuf:"varint,23,opt,name=resent_requests,json=resentRequests,proto3" json:"resent_requests,omitempty"` // that an earlier worker had left, and this one has answered
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -273,6 +274,13 @@ func (x *WorkerStatus) GetFeatures() []*Feature {
 	return nil
 }
 
+func (x *WorkerStatus) GetResentRequests() uint64 {
+	if x != nil {
+		return x.ResentRequests
+	}
+	return 0
+}
+
 type VolumeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
@@ -328,6 +336,7 @@ type VolumeStatus struct {
 	ReadRequests  uint64                 `protobuf:"varint,7,opt,name=read_requests,json=readRequests,proto3" json:"read_requests,omitempty"` // since the worker took the mount
 	OpenHandles   uint64                 `protobuf:"varint,8,opt,name=open_handles,json=openHandles,proto3" json:"open_handles,omitempty"`    // now; a hint after a take-over
 	Nodes         uint64                 `protobuf:"varint,9,opt,name=nodes,proto3" json:"nodes,omitempty"`                                   // now: entries of the node table
+	Without       []string               `protobuf:"bytes,10,rep,name=without,proto3" json:"without,omitempty"`                               // names of features that this mount does without
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -423,6 +432,13 @@ func (x *VolumeStatus) GetNodes() uint64 {
 		return x.Nodes
 	}
 	return 0
+}
+
+func (x *VolumeStatus) GetWithout() []string {
+	if x != nil {
+		return x.Without
+	}
+	return nil
 }
 
 // Feature is something that the kernel or the machine may lack.
@@ -684,7 +700,7 @@ var File_cacheworker_workerpb_worker_proto protoreflect.FileDescriptor
 const file_cacheworker_workerpb_worker_proto_rawDesc = "" +
 	"\n" +
 	"!cacheworker/workerpb/worker.proto\x12\x10larder.worker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n" +
-	"\rStatusRequest\"\xa2\x06\n" +
+	"\rStatusRequest\"\xcb\x06\n" +
 	"\fWorkerStatus\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x10\n" +
@@ -711,9 +727,10 @@ const file_cacheworker_workerpb_worker_proto_rawDesc = "" +
 	"\revicted_bytes\x18\x13 \x01(\x04R\fevictedBytes\x12\x1c\n" +
 	"\ttakeovers\x18\x14 \x01(\x04R\ttakeovers\x128\n" +
 	"\avolumes\x18\x15 \x03(\v2\x1e.larder.worker.v1.VolumeStatusR\avolumes\x125\n" +
-	"\bfeatures\x18\x16 \x03(\v2\x19.larder.worker.v1.FeatureR\bfeatures\",\n" +
+	"\bfeatures\x18\x16 \x03(\v2\x19.larder.worker.v1.FeatureR\bfeatures\x12'\n" +
+	"\x0fresent_requests\x18\x17 \x01(\x04R\x0eresentRequests\",\n" +
 	"\rVolumeRequest\x12\x1b\n" +
-	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\"\x97\x02\n" +
+	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\"\xb1\x02\n" +
 	"\fVolumeStatus\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x18\n" +
 	"\ahealthy\x18\x02 \x01(\bR\ahealthy\x12\x1c\n" +
@@ -725,7 +742,9 @@ const file_cacheworker_workerpb_worker_proto_rawDesc = "" +
 	"\x05files\x18\x06 \x01(\x03R\x05files\x12#\n" +
 	"\rread_requests\x18\a \x01(\x04R\freadRequests\x12!\n" +
 	"\fopen_handles\x18\b \x01(\x04R\vopenHandles\x12\x14\n" +
-	"\x05nodes\x18\t \x01(\x04R\x05nodes\"S\n" +
+	"\x05nodes\x18\t \x01(\x04R\x05nodes\x12\x18\n" +
+	"\awithout\x18\n" +
+	" \x03(\tR\awithout\"S\n" +
 	"\aFeature\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tavailable\x18\x02 \x01(\bR\tavailable\x12\x16\n" +

@@ -2,12 +2,12 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
-	"text/tabwriter"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -18,8 +18,10 @@ import (
 
 // nodeStatus is what `larder status -o json` prints. Fields are added, never changed.
 type nodeStatus struct {
-	UUID          string `json:"uuid"`
+	UUID          string `json:"uuid"` // of the worker
 	Version       string `json:"version"`
+	PID           int64  `json:"pid,omitempty"`       // of the worker, in its own PID namespace
+	BrokerPID     int    `json:"brokerPid,omitempty"` // in its own
 	CachedBytes   int64  `json:"cachedBytes"`
 	UnlinkedBytes int64  `json:"unlinkedBytes"`
 	CapacityBytes int64  `json:"capacityBytes"`
@@ -32,7 +34,10 @@ type nodeStatus struct {
 	HeadRequests  uint64 `json:"headRequests"`
 	GetRequests   uint64 `json:"getRequests"`
 	EvictedBytes  uint64 `json:"evictedBytes"`
-	Takeovers     int    `json:"takeovers"` // of the mounts below
+	Takeovers     int    `json:"takeovers"`      // of the mounts below
+	Resent        uint64 `json:"resentRequests"` // that an earlier worker had left, and this one has answered
+
+	Started time.Time `json:"started,omitzero"` // of the worker
 
 	Mounts   []mountStatus   `json:"mounts"`
 	Features []featureStatus `json:"features"`
@@ -48,6 +53,12 @@ type mountStatus struct {
 	Takeovers int       `json:"takeovers"`
 	OpenFiles uint64    `json:"openFiles"`
 	Nodes     uint64    `json:"nodes"`
+
+	Worker              string    `json:"worker,omitempty"`     // UUID of the one that serves it
+	WorkerPID           int64     `json:"workerPid,omitempty"`  // as the broker sees it, or as it says itself
+	WorkerSince         time.Time `json:"workerSince,omitzero"` // since when it does, or since when none does
+	LongestStallSeconds float64   `json:"longestStallSeconds"`  // without a worker, before a take-over
+	Without             []string  `json:"without,omitempty"`    // which guarantees are weaker: resend, passthrough
 }
 
 type featureStatus struct {
@@ -74,9 +85,7 @@ func statusCommand() *cobra.Command {
 				return err
 			}
 			if format == "json" {
-				e := json.NewEncoder(cmd.OutOrStdout())
-				e.SetIndent("", "  ")
-				return e.Encode(s)
+				return printJSON(cmd.OutOrStdout(), s)
 			}
 			return s.print(cmd.OutOrStdout())
 		},
@@ -89,20 +98,27 @@ func statusCommand() *cobra.Command {
 
 // askStatus asks worker and broker; one that is away is noted, both is an error.
 func askStatus(ctx context.Context, run string) (nodeStatus, error) {
-	s := nodeStatus{Mounts: []mountStatus{}, Features: []featureStatus{}}
 	w, werr := askWorker(ctx, run)
-	mounts, berr := askBroker(ctx, run)
+	pid, mounts, berr := askBroker(ctx, run)
 	if werr != nil && berr != nil {
-		return s, fmt.Errorf("no larder answers in %s: is it running there?\n%w", run, errors.Join(werr, berr))
+		return nodeStatus{}, fmt.Errorf("no larder answers in %s: is it running there?\n%w", run, errors.Join(werr, berr))
 	}
+	s := newStatus(w, pid, mounts)
 	for _, err := range []error{werr, berr} {
 		if err != nil {
 			s.Errors = append(s.Errors, err.Error())
 		}
 	}
+	return s, nil
+}
+
+// newStatus joins what worker and broker say; the worker may be nil.
+func newStatus(w *workerpb.WorkerStatus, brokerPID int, mounts []brokerwire.Mount) nodeStatus {
+	s := nodeStatus{BrokerPID: brokerPID, Mounts: []mountStatus{}, Features: []featureStatus{}}
 	volumes := map[string]*workerpb.VolumeStatus{}
 	if w != nil {
-		s.UUID, s.Version = w.GetUuid(), w.GetVersion()
+		s.UUID, s.Version, s.PID, s.Started = w.GetUuid(), w.GetVersion(), w.GetPid(), w.GetStarted().AsTime()
+		s.Resent = w.GetResentRequests()
 		s.CachedBytes, s.UnlinkedBytes, s.CapacityBytes = w.GetCachedBytes(), w.GetUnlinkedBytes(), w.GetCapacityBytes()
 		s.Objects, s.Complete = w.GetObjects(), w.GetCompleteObjects()
 		s.ReadRequests, s.ReadBytes, s.FetchedBytes = w.GetReadRequests(), w.GetReadBytes(), w.GetFetchedBytes()
@@ -118,10 +134,18 @@ func askStatus(ctx context.Context, run string) (nodeStatus, error) {
 	for _, m := range mounts {
 		v := volumes[m.VolumeID]
 		s.Takeovers += m.Takeovers
+		pid := int64(m.WorkerPID)
+		if pid == 0 && m.Worker == s.UUID {
+			pid = s.PID
+		}
+		without := slices.Concat(m.Without, v.GetWithout())
+		slices.Sort(without)
 		s.Mounts = append(s.Mounts, mountStatus{Volume: m.VolumeID, Path: m.Path, Source: m.Volume.Source, Since: m.Since, Served: m.Served,
-			Takeovers: m.Takeovers, OpenFiles: v.GetOpenHandles(), Nodes: v.GetNodes()})
+			Takeovers: m.Takeovers, OpenFiles: v.GetOpenHandles(), Nodes: v.GetNodes(), Worker: m.Worker, WorkerPID: pid,
+			WorkerSince: m.WorkerSince, LongestStallSeconds: m.LongestStall.Seconds(), Without: slices.Compact(without)})
 	}
-	return s, nil
+	slices.SortFunc(s.Mounts, func(a, b mountStatus) int { return strings.Compare(a.Volume, b.Volume) })
+	return s
 }
 
 func askWorker(ctx context.Context, run string) (*workerpb.WorkerStatus, error) {
@@ -137,16 +161,22 @@ func askWorker(ctx context.Context, run string) (*workerpb.WorkerStatus, error) 
 	return w, nil
 }
 
-func askBroker(ctx context.Context, run string) ([]brokerwire.Mount, error) {
+func askBroker(ctx context.Context, run string) (pid int, held []brokerwire.Mount, err error) {
 	c := brokerwire.NewClient(filepath.Join(run, brokerSocket))
 	defer c.Close()
-	return c.Mounts(ctx)
+	return c.Broker(ctx)
 }
 
 func (s nodeStatus) print(out io.Writer) error {
-	fmt.Fprintf(out, "worker   %s (%s)\n", s.UUID, s.Version)
-	fmt.Fprintf(out, "cached   %s of %s in %d objects, %d complete\n", bytes(s.CachedBytes), bytes(s.CapacityBytes), s.Objects, s.Complete)
-	fmt.Fprintf(out, "reads    %d reached the worker, %s fetched from under stores\n", s.ReadRequests, bytes(int64(s.FetchedBytes)))
+	if s.UUID != "" {
+		fmt.Fprintf(out, "worker   %s (%s), pid %d, since %s\n", s.UUID, s.Version, s.PID, date(s.Started))
+	}
+	if s.BrokerPID != 0 {
+		fmt.Fprintf(out, "broker   pid %d\n", s.BrokerPID)
+	}
+	if s.UUID != "" {
+		s.printCache(out)
+	}
 	for _, f := range s.Features {
 		if !f.Available {
 			fmt.Fprintf(out, "without  %s: %s\n", f.Name, f.Reason)
@@ -155,17 +185,49 @@ func (s nodeStatus) print(out io.Writer) error {
 	for _, e := range s.Errors {
 		fmt.Fprintf(out, "error    %s\n", e)
 	}
+	return s.printMounts(out)
+}
+
+func (s nodeStatus) printCache(out io.Writer) {
+	fmt.Fprintf(out, "cached   %s of %s in %d objects, %d complete\n", bytes(s.CachedBytes), bytes(s.CapacityBytes), s.Objects, s.Complete)
+	fmt.Fprintf(out, "reads    %d reached the worker, %s fetched from under stores\n", s.ReadRequests, bytes(int64(s.FetchedBytes)))
+	fmt.Fprintf(out, "resent   %d requests that an earlier worker had left\n", s.Resent)
+}
+
+func (s nodeStatus) printMounts(out io.Writer) error {
 	if len(s.Mounts) == 0 {
 		return nil
 	}
 	fmt.Fprintln(out)
-	t := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
-	fmt.Fprintln(t, "VOLUME\tSOURCE\tSERVED\tTAKEOVERS\tOPEN\tSINCE\tPATH")
+	t := newTable(out)
+	fmt.Fprintln(t, "VOLUME\tSOURCE\tWORKER\tSINCE\tTAKEOVERS\tLONGEST STALL\tWITHOUT\tOPEN\tMOUNTED\tPATH")
 	for _, m := range s.Mounts {
-		fmt.Fprintf(t, "%s\t%s\t%v\t%d\t%d\t%s\t%s\n", m.Volume, m.Source, m.Served, m.Takeovers, m.OpenFiles, m.Since.Format(time.DateTime), m.Path)
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%d\t%s\t%s\t%d\t%s\t%s\n", m.Volume, m.Source, m.holder(), date(m.WorkerSince), m.Takeovers,
+			stall(m.LongestStallSeconds), orDash(strings.Join(m.Without, ",")), m.OpenFiles, date(m.Since), m.Path)
 	}
 	return t.Flush()
 }
+
+// holder is the worker of a mount, in brief.
+func (m mountStatus) holder() string {
+	if !m.Served {
+		return "none"
+	}
+	return fmt.Sprintf("%s pid %d", short(m.Worker), m.WorkerPID)
+}
+
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+func stall(seconds float64) string {
+	return time.Duration(seconds * float64(time.Second)).Round(time.Millisecond).String()
+}
+
+func date(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
 func bytes(n int64) string {
 	for _, u := range []struct {
