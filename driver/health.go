@@ -80,7 +80,7 @@ func newPodHealth(broker Broker, stats Stats, pods Pods, kubelet string, log *sl
 }
 
 const (
-	healthInterval = 10 * time.Second
+	healthInterval = 5 * time.Second
 	awayAfter      = 30 * time.Second // a worker that is upgraded is away for less
 	settled        = 5 * time.Second  // what the kubelet is about to mount, or has unmounted, does not look like that for longer
 )

@@ -35,16 +35,16 @@ type node struct {
 	kubelet string
 }
 
-func startNode(t *testing.T, store *s3test.Server, datasets map[string]string) *node {
+func startNode(t *testing.T, store *s3test.Server, datasets map[string]string, more ...string) *node {
 	t.Helper()
-	n := &node{api: kubetest.Start(t), store: store, kubelet: t.TempDir()}
-	t.Cleanup(func() { leak.Unmount(n.kubelet) })
+	n := &node{api: kubetest.Start(t), store: store}
 	n.api.ControlVolumes(t)
 	n.api.Set(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n1", Labels: map[string]string{corev1.LabelHostname: "host-1"}}})
 	n.secret(store.AccessKey, store.SecretKey)
 	n.datasets(datasets)
-	n.apart = startApart(t, store.Endpoint, "node", "--kubeconfig="+n.api.Kubeconfig(t), "node", "--local-datasets=data/datasets",
-		"node", "--kubelet-dir="+n.kubelet)
+	n.apart = startApart(t, store.Endpoint, append([]string{"node", "--kubeconfig=" + n.api.Kubeconfig(t), "node", "--local-datasets=data/datasets",
+		"node", "--kubelet-dir={dir}/kubelet"}, more...)...)
+	n.kubelet = filepath.Join(n.dir, "kubelet")
 	return n
 }
 
@@ -387,6 +387,54 @@ func TestLocalVolumesOutliveTheirProcesses(t *testing.T) {
 		return nil
 	})
 	n.read(target, want)
+}
+
+// What a user is told of a volume that a claim gave: that its source fails, that it was lost with
+// worker and node plugin, that it was given up.
+func TestPodsAreToldWhatBefellTheirVolumes(t *testing.T) {
+	store := s3test.Start(t)
+	put(t, store, map[string][]byte{"ds/f": pattern(2<<20, 7), "ds/g": pattern(2<<20, 8)})
+	n := startNode(t, store, nil, "node", "--takeover-deadline=2s")
+	v, target := publish(t, n.Kubelet, bucket(store, "v", "ds"))
+	uid := strings.Split(strings.TrimPrefix(target, filepath.Join(n.kubelet, "pods")+"/"), "/")[0]
+	data := fmt.Sprintf(`{"driverName":"csi.larder.dev","volumeHandle":%q,"specVolID":"pvc-v"}`, v.ID)
+	if err := os.WriteFile(filepath.Join(filepath.Dir(target), "vol_data.json"), []byte(data), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	n.run(uid)
+	mustShell(t, "cat "+target+"/data/f > /dev/null")
+
+	store.SetHook(s3test.Times(1000, s3test.Get, s3test.Refuse(403, "AccessDenied")))
+	if out, err := shell(t, "cat "+target+"/data/g"); err == nil {
+		t.Fatalf("a read that the store denies: %s", out)
+	}
+	if e := n.awaitEvent("A read of volume"); e.Reason != "SourceFailing" || e.InvolvedObject.Name != "pod-"+uid {
+		t.Errorf("%+v", e)
+	}
+	store.SetHook(nil)
+
+	n.end("node", syscall.SIGKILL)
+	n.end("worker", syscall.SIGKILL)
+	n.start("node")
+	n.start("worker")
+	if err := n.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if e := n.awaitEvent("had both died"); e.Reason != "MountLost" || !strings.Contains(e.Message, `"pvc-v"`) {
+		t.Errorf("%+v", e)
+	}
+
+	if _, err := n.PublishPod(t.Context(), v, "v"); err != nil { // the kubelet's republish
+		t.Fatal(err)
+	}
+	n.run(uid) // its container is started again
+	mustShell(t, "cat "+target+"/data/g > /dev/null")
+	n.end("worker", syscall.SIGKILL)
+	n.awaitEvent("within 2s, so the mount was given up")
+	n.start("worker")
+	if err := n.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // The node plugin is killed again and again, at any moment, while datasets and claims come and go.

@@ -157,7 +157,7 @@ type apart struct {
 	*stack.Kubelet
 	dir    string
 	inline string              // the endpoint that inline volumes may name
-	more   map[string][]string // arguments of one process
+	more   map[string][]string // arguments of one process; {dir} stands for dir
 	procs  map[string]*exec.Cmd
 	t      *testing.T
 }
@@ -203,7 +203,10 @@ func (a *apart) start(name string) {
 	if name == "worker" { // as its init container would: the view has to be there
 		a.await(func() bool { return exec.Command("mountpoint", "-q", filepath.Join(run, "view")).Run() == nil })
 	}
-	cmd := exec.Command(larderBinary, append(args, a.more[name]...)...)
+	for _, arg := range a.more[name] {
+		args = append(args, strings.ReplaceAll(arg, "{dir}", a.dir))
+	}
+	cmd := exec.Command(larderBinary, args...)
 	log, err := os.OpenFile(filepath.Join(a.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		a.t.Fatal(err)
