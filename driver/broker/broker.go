@@ -90,7 +90,7 @@ func New(cfg Config) (*Broker, error) {
 	b := &Broker{cfg: cfg}
 	b.held = takeover.New(takeover.Config{
 		Deadline: cfg.TakeoverDeadline, Log: cfg.Log,
-		Bind: bindThrough, Answered: b.answered, Waiting: waiting, Abort: b.giveUp,
+		Bind: bindThrough, Answered: b.answered, Waiting: waiting, Abort: abort, Lost: cfg.Lost,
 	})
 	return b, nil
 }

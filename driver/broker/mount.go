@@ -136,26 +136,6 @@ func (b *Broker) reconcile() error {
 	for _, path := range dead {
 		b.cfg.Log.Error("removed a dead mount: worker and broker had both died; pods that used it must be restarted", "path", path)
 	}
-	b.lost(dead, "its cache worker and the node plugin had both died")
+	b.held.Lost(dead, "its cache worker and the node plugin had both died")
 	return err
-}
-
-// giveUp ends a mount that no worker took over in time.
-func (b *Broker) giveUp(m *takeover.Mount) error {
-	var paths []string
-	t, err := mounttable.Read()
-	for _, e := range t {
-		if e.Dev == m.Dev {
-			paths = append(paths, e.Path)
-		}
-	}
-	err = errors.Join(err, abort(m))
-	b.lost(paths, fmt.Sprintf("no cache worker went on with what pods had asked of the one before within %v, so the mount was given up", b.cfg.TakeoverDeadline))
-	return err
-}
-
-func (b *Broker) lost(paths []string, why string) {
-	if b.cfg.Lost != nil && len(paths) > 0 {
-		b.cfg.Lost(paths, why)
-	}
 }

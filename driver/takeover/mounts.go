@@ -18,6 +18,7 @@ import (
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/driver/mounttable"
 )
 
 const (
@@ -35,6 +36,9 @@ type Config struct {
 	Answered func(*Mount)                              // the kernel has its INIT
 	Waiting  func(*Mount) (int, error)                 // requests of the kernel without an answer
 	Abort    func(*Mount) error                        // lets them fail
+
+	// Lost is told where mounts were that are given up or found dead, and why; it must not wait. May be nil.
+	Lost func(paths []string, why string)
 }
 
 // Mounts are those that are held, and who serves them. Safe for concurrent use.
@@ -239,16 +243,30 @@ func (ms *Mounts) guard(m *Mount, lost time.Time) {
 			return
 		}
 	}
-	why := "no worker returned in time"
+	ms.giveUp(m)
+}
+
+// giveUp aborts the connection of a mount, so that what uses it ends.
+func (ms *Mounts) giveUp(m *Mount) {
+	why := fmt.Sprintf("no cache worker returned within %v", ms.cfg.Deadline)
 	if m.served() {
-		why = "requests were lost with a worker, on a kernel without FUSE_NOTIFY_RESEND"
+		why = fmt.Sprintf("requests were lost with a cache worker, on a kernel without FUSE_NOTIFY_RESEND, and waited for %v", ms.cfg.Deadline)
 	}
 	ms.givenUp.Inc()
-	ms.cfg.Log.Error(why+": the mount is given up, its pods must be restarted", "volume", m.ID, "path", m.Path, "deadline", ms.cfg.Deadline)
-	if err := ms.cfg.Abort(m); err != nil { // else the connection ends with its last descriptor, which should be ours
+	ms.cfg.Log.Error("a mount is given up, its pods must be restarted", "volume", m.ID, "path", m.Path, "why", why)
+	table, err := mounttable.Read()                          // before: then it is still there
+	if err = errors.Join(err, ms.cfg.Abort(m)); err != nil { // else the connection ends with its last descriptor, which should be ours
 		ms.cfg.Log.Warn("abort connection", "path", m.Path, "err", err)
 	}
 	ms.Release(context.Background(), m)
+	ms.Lost(table.Others(m.Dev, ""), why+", so the mount was given up")
+}
+
+// Lost tells where mounts were that are dead.
+func (ms *Mounts) Lost(paths []string, why string) {
+	if ms.cfg.Lost != nil && len(paths) > 0 {
+		ms.cfg.Lost(paths, why)
+	}
 }
 
 // recovered reports whether nobody waits any more for the worker that went then. Without resend no

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -17,23 +18,26 @@ import (
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/driver/mounttable"
 )
 
 // kernel stands for what the broker lends.
 type kernel struct {
 	waiting func() (int, error)
 	aborted chan *Mount
+	lost    chan []string // the paths, and why
 }
 
 func newMounts(t *testing.T, deadline time.Duration) (*Mounts, *kernel) {
 	t.Helper()
-	k := &kernel{waiting: func() (int, error) { return 0, nil }, aborted: make(chan *Mount, 8)}
+	k := &kernel{waiting: func() (int, error) { return 0, nil }, aborted: make(chan *Mount, 8), lost: make(chan []string, 8)}
 	ms := New(Config{
 		Deadline: deadline, Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
 		Bind:     func(string, string) (*os.File, error) { return os.Open(os.DevNull) },
 		Answered: func(*Mount) {},
 		Waiting:  func(*Mount) (int, error) { return k.waiting() },
 		Abort:    func(m *Mount) error { k.aborted <- m; return nil },
+		Lost:     func(paths []string, why string) { k.lost <- append(paths, why) },
 	})
 	t.Cleanup(ms.Close)
 	return ms, k
@@ -96,15 +100,19 @@ const resend, pass = 1 << 7, 1 << 5 // bits of flags2
 // serve mounts a volume for a worker.
 func serve(t *testing.T, ms *Mounts, w worker) *Mount {
 	t.Helper()
-	dev, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	fuse, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	rec, err := brokerwire.NewRecord(brokerwire.State{Volume: brokerwire.Volume{ID: "v"}, Path: "/v", InitIn: make([]byte, 104), Since: time.Now()})
+	dev, err := mounttable.Dev("/") // it is mounted somewhere
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := NewMount(dev, rec)
+	rec, err := brokerwire.NewRecord(brokerwire.State{Volume: brokerwire.Volume{ID: "v"}, Path: "/v", Dev: dev, InitIn: make([]byte, 104), Since: time.Now()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := NewMount(fuse, rec)
 	if err := errors.Join(ms.Add(m), ms.Serve(t.Context(), m, w.Session)); err != nil {
 		t.Fatal(err)
 	}
@@ -196,7 +204,12 @@ func TestAMountWithoutAWorkerIsGivenUpAtTheDeadline(t *testing.T) {
 	if got := <-k.aborted; got != m {
 		t.Errorf("aborted %v", got.ID)
 	}
-	eventually(t, func() bool { return len(ms.All()) == 0 })
+	if got := <-k.lost; len(got) < 2 || !slices.Contains(got, "/") || !strings.Contains(got[len(got)-1], "within 10ms") {
+		t.Errorf("told of %q", got)
+	}
+	if len(ms.All()) != 0 {
+		t.Error("it is held still")
+	}
 	if n, _ := metric(t, ms, "larder_broker_given_up_mounts_total"); n != 1 {
 		t.Errorf("%v are given up", n)
 	}
