@@ -77,10 +77,11 @@ type Controller struct {
 	ended bool // see Withdraw
 
 	// What only the round under way touches.
-	made    map[string]offer  // that were created and have not come back by the watch
-	applied map[string]string // the version of the Secret that a mount has, by slot
-	retries map[string]*retry // of datasets that cannot be mounted, by name
-	told    map[string]string // what the log has been told of slots, by name
+	made    map[string]offer     // that were created and have not come back by the watch
+	applied map[string]string    // the version of the Secret that a mount has, by slot
+	retries map[string]*retry    // of datasets that cannot be mounted, by name
+	orphans map[string]time.Time // slots that are mounted and that the broker does not hold, since they were seen
+	told    map[string]string    // what the log has been told of slots, by name
 }
 
 // world is what the API server says. A field is nil until it is known.
@@ -107,7 +108,7 @@ func New(cfg Config, cluster *kube.Client, broker driver.Broker, pods driver.Pod
 		return nil, err
 	}
 	c := &Controller{cfg: cfg, cluster: cluster, broker: broker, pods: pods, events: events, parameters: p, wake: make(chan struct{}, 1),
-		made: map[string]offer{}, applied: map[string]string{}, retries: map[string]*retry{}, told: map[string]string{}}
+		made: map[string]offer{}, applied: map[string]string{}, retries: map[string]*retry{}, told: map[string]string{}, orphans: map[string]time.Time{}}
 	c.namespace, c.configMap, _ = strings.Cut(cfg.Datasets, "/")
 	return c, nil
 }

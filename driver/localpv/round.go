@@ -184,6 +184,7 @@ func (r *round) remove(ctx context.Context, name string) (gone bool, err error) 
 	}
 	delete(r.applied, name)
 	delete(r.told, name)
+	delete(r.orphans, name)
 	return true, nil
 }
 
@@ -209,6 +210,7 @@ func (r *round) serve(ctx context.Context, s slot) error {
 	m, held := r.held[s.name]
 	_, mounted := r.table.At(mnt)
 	if held && mounted {
+		delete(r.orphans, s.name)
 		if serr == nil {
 			serr = r.refresh(ctx, m, s, secret, version)
 		}
@@ -216,6 +218,10 @@ func (r *round) serve(ctx context.Context, s slot) error {
 	}
 	if serr != nil {
 		return r.tell(ctx, s.dataset, serr)
+	}
+	if mounted && r.awaited(s.name) { // the worker may be about to give it back to the broker
+		r.again = true
+		return nil
 	}
 	if held { // somebody else has unmounted it
 		if err := r.broker.Unmount(ctx, mnt); err != nil {
@@ -229,10 +235,23 @@ func (r *round) serve(ctx context.Context, s slot) error {
 		return r.failed(ctx, s.dataset, s.name, err)
 	}
 	delete(r.retries, s.dataset)
+	delete(r.orphans, s.name)
 	r.cfg.Log.Warn("local volume mounted again", "volume", s.name)
 	r.again = true // for bindAgain
 	return nil
 }
+
+// awaited reports whether it is not long since a slot was first seen to be nobody's.
+func (c *Controller) awaited(name string) bool {
+	first, ok := c.orphans[name]
+	if !ok {
+		first = time.Now()
+		c.orphans[name] = first
+	}
+	return time.Since(first) < giveBack
+}
+
+const giveBack = 3 * time.Second
 
 // credentials are the Secret's, and its version. "" has none.
 func (r *round) credentials(name string) (data map[string]string, version string, err error) {

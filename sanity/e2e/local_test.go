@@ -22,20 +22,18 @@ func localScenarios() []scenario {
 
 const datasetLabel = driverName + "/dataset"
 
-// offer has the administrator offer a dataset, named as the test's namespace, or withdraw it: "".
-// Withdrawn again after the test.
+// offer has the administrator offer a dataset. It is withdrawn after the test.
 func (t *test) offer(name, entry string) {
 	t.Helper()
 	t.setDataset(name, entry)
 	t.Cleanup(func() {
 		ctx, cancel := afterwards()
 		defer cancel()
-		late := &test{T: t.T, env: t.env, ctx: ctx, ns: t.ns}
-		late.setDataset(name, "")
-		late.eventually(time.Minute, text("local volumes of dataset %s stay", name), func() bool { return len(late.offers(name, "")) == 0 })
+		(&test{T: t.T, env: t.env, ctx: ctx, ns: t.ns}).setDataset(name, "")
 	})
 }
 
+// setDataset changes an entry of the ConfigMap; "" removes it.
 func (t *test) setDataset(name, entry string) {
 	t.Helper()
 	maps := t.client.CoreV1().ConfigMaps(systemNamespace)
@@ -151,8 +149,7 @@ func localTenants(t *test) {
 	spec.Volumes[0].PersistentVolumeClaim.ClaimName = "next"
 	t.start("next", spec)
 	t.saidOf("next", "didn't find available persistent volumes to bind")
-	t.delete("app")
-	t.must(t.client.CoreV1().PersistentVolumeClaims(t.ns).Delete(t.ctx, "data", meta.DeleteOptions{}))
+	t.release("app", "data")
 	t.ready("next")
 	t.verify("next", d, 0)
 	t.worker("next", d, 0)
@@ -174,6 +171,16 @@ func localTenants(t *test) {
 		t.awaitOffers(t.ns, n, 0)
 	}
 	other.verify("app", d, 0)
+	t.release("next", "next")
+	other.release("app", "data")
+	t.eventually(time.Minute, text("local volumes stay that nobody has"), func() bool { return len(t.offers(t.ns, "")) == 0 })
+}
+
+// release deletes a pod and its claim.
+func (t *test) release(pod, claim string) {
+	t.Helper()
+	t.delete(pod)
+	t.must(t.client.CoreV1().PersistentVolumeClaims(t.ns).Delete(t.ctx, claim, meta.DeleteOptions{}))
 }
 
 // restartPods deletes a component's pods on a node, and waits for the next ones.
