@@ -1,11 +1,14 @@
 package cachestore
 
 import (
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"runtime"
-	"sync"
 	"testing"
 	"time"
+
+	"github.com/cockroachdb/pebble/v2"
 
 	"github.com/larderfs/larder/cacheworker/object"
 )
@@ -86,45 +89,51 @@ func BenchmarkReadAt4K(b *testing.B) {
 	}
 }
 
-// BenchmarkOpen100kObjects is a restart of a worker.
-func BenchmarkOpen100kObjects(b *testing.B) {
-	const objects = 100_000
-	cfg := testConfig(b, b.TempDir(), 4<<30)
+// BenchmarkOpen1MObjects is a restart of a worker, to its first answer; the index is read beside it.
+func BenchmarkOpen1MObjects(b *testing.B) {
+	const objects = 1_000_000
+	cfg := testConfig(b, b.TempDir(), 1<<42)
 	s, err := Open(cfg)
 	if err != nil {
 		b.Fatal(err)
 	}
-	var wg sync.WaitGroup
-	for w := range 8 {
-		wg.Go(func() {
-			data := make([]byte, 100)
-			for n := w; n < objects; n += 8 {
-				f, err := s.Open(obj(fmt.Sprint(n), 100))
-				if err == nil {
-					err = f.Put(0, data)
-				}
-				if err != nil {
-					b.Error(err)
-					return
-				}
-				s.Grant(f.Object(), principal(1), time.Now())
-				f.Close()
+	now := binary.BigEndian.AppendUint64(nil, uint64(time.Now().UnixNano()))
+	for n := 0; n < objects; n += 1000 {
+		err := s.index.write(func(batch *pebble.Batch) error {
+			var err error
+			for i := n; i < n+1000; i++ {
+				o := obj(fmt.Sprint(i), 100)
+				id, nonce := o.ID(), uint64(i)
+				err = errors.Join(err, batch.Set(objectKey(id, nonce), encodeObject(o), nil),
+					batch.Set(chunkKey(id, nonce, 0), encodeChunk(1, s.epoch), nil), batch.Set(grantKey(id, nonce, principal(1)), now, nil))
 			}
+			return err
 		})
-	}
-	wg.Wait()
-	if err := s.Close(); err != nil {
-		b.Fatal(err)
-	}
-	for b.Loop() {
-		s, err := Open(cfg)
 		if err != nil {
 			b.Fatal(err)
 		}
-		b.StopTimer()
-		if s.Stats().Objects != objects {
-			b.Fatalf("%+v", s.Stats())
+	}
+	if err := s.Close(); err != nil {
+		b.Fatal(err)
+	}
+	asked := obj("4711", 100).ID()
+	for b.Loop() {
+		s, _, err := prepare(cfg)
+		if err != nil {
+			b.Fatal(err)
 		}
+		if !s.Peek(asked).Complete || !s.Granted(asked, principal(1)) {
+			b.Fatal("not known")
+		}
+		b.StopTimer()
+		before, start := heapBytes(), time.Now()
+		if err := s.loadAll(b.Context()); err != nil || s.Stats().Objects != objects {
+			b.Fatalf("%+v: %v", s.Stats(), err)
+		}
+		b.ReportMetric(float64(time.Since(start).Milliseconds()), "ms-for-all")
+		b.ReportMetric(float64(heapBytes()-before)/objects, "heap-B/object")
+		s.quit = func() {} // there is no janitor, which would look for files
+		close(s.done)
 		if err := s.Close(); err != nil {
 			b.Fatal(err)
 		}
@@ -132,23 +141,24 @@ func BenchmarkOpen100kObjects(b *testing.B) {
 	}
 }
 
+func heapBytes() uint64 {
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc
+}
+
 // TestAnObjectTakesLessThan500BytesOfMemory counts what the tables hold of objects at rest.
 func TestAnObjectTakesLessThan500BytesOfMemory(t *testing.T) {
 	const objects = 100_000
 	s := open(t, testConfig(t, t.TempDir(), 1<<40))
-	heap := func() uint64 {
-		runtime.GC()
-		var m runtime.MemStats
-		runtime.ReadMemStats(&m)
-		return m.HeapAlloc
-	}
-	name := []byte("s3://host/bucket")
-	before := heap()
+	name := object.Store("s3://host/bucket")
+	before := heapBytes()
 	s.mu.Lock()
 	for n := range objects {
 		o := object.Object{Store: "s3://host/bucket", Key: fmt.Sprint(n), Version: "v", Size: 40 * chunk}
 		e := newEntry(o.ID(), newNonce(), o.Size)
-		e.store = s.internStore(name)
+		e.store = s.storeID(name)
 		e.setPresent(0)
 		e.setVerified(0)
 		s.entries[e.Key] = e
@@ -157,7 +167,7 @@ func TestAnObjectTakesLessThan500BytesOfMemory(t *testing.T) {
 		s.setGrant(e, principal(2), 1)
 	}
 	s.mu.Unlock()
-	each := (heap() - before) / objects
+	each := (heapBytes() - before) / objects
 	t.Logf("%d bytes for each of %d objects", each, objects)
 	if each > 500 {
 		t.Errorf("%d bytes for each object", each)

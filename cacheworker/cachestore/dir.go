@@ -193,6 +193,7 @@ func (d dir) room() (room, error) {
 // The names in a store's directory.
 const (
 	lockName    = "lock"
+	lostName    = "index-lost"
 	uuidName    = "uuid"
 	nodeKeyName = "node-key"
 	indexName   = "index"

@@ -33,6 +33,11 @@ const (
 // reserve takes room for bytes and inodes, evicting what it must. The bytes are counted from
 // now on: settle makes them the entry's. object.ErrNoSpace if all that is left is leased or held.
 func (s *Store) reserve(bytes, inodes int64) error {
+	if bytes > 0 {
+		if <-s.load.done; !s.load.ended.Load() {
+			return fmt.Errorf("%w: the index was not read to its end", object.ErrNoSpace)
+		}
+	}
 	s.refreshRoom()
 	if s.take(bytes, inodes) {
 		return nil
@@ -170,6 +175,7 @@ func (s *Store) Evict(id object.ID) bool {
 }
 
 func (s *Store) evict(id object.ID) bool {
+	s.ensure(id)
 	s.evicting.Lock()
 	defer s.evicting.Unlock()
 	s.mu.Lock()
@@ -262,13 +268,16 @@ func (s *Store) probeIfDue() bool {
 	return due && s.probe()
 }
 
-// janitor removes what belongs to no object, releases held files and keeps the file system's free
+// janitor reads the index, removes what belongs to no object, releases held files and keeps the file system's free
 // room when others write to it. After an unclean stop it also counts what Puts that never ended left
 // on the disk.
 func (s *Store) janitor(ctx context.Context, unclean bool) {
 	defer close(s.done)
-	s.reserve(0, 0) // the capacity may be a smaller one
-	if err := s.sweep(ctx); err != nil {
+	if err := s.loadAll(ctx); err != nil {
+		if ctx.Err() == nil {
+			s.lose(err)
+		}
+	} else if err := s.sweep(ctx); err != nil {
 		s.log.Warn("look for cache files that belong to no object", "dir", s.cfg.Dir, "err", err)
 	}
 	close(s.swept)

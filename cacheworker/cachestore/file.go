@@ -65,6 +65,7 @@ func (s *Store) Open(obj object.Object) (*File, error) {
 			return nil, err
 		}
 	}
+	s.ensure(id)
 	s.mu.Lock()
 	if s.closed && !s.handed.Load() {
 		s.mu.Unlock()

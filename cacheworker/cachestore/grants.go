@@ -27,8 +27,10 @@ func (s *Store) Grant(obj object.Object, p object.Principal, at time.Time) {
 	if p == (object.Principal{}) {
 		return
 	}
+	id := obj.ID()
+	s.ensure(id)
 	s.mu.Lock()
-	e := s.entries[obj.ID()]
+	e := s.entries[id]
 	if e == nil || !s.setGrant(e, p, at.UnixNano()) {
 		s.mu.Unlock()
 		return
@@ -65,6 +67,7 @@ func (s *Store) setGrant(e *entry, p object.Principal, at int64) bool {
 
 // Granted reports whether p may be served cached bytes of the object.
 func (s *Store) Granted(id object.ID, p object.Principal) bool {
+	s.ensure(id)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	e := s.entries[id]
@@ -110,14 +113,4 @@ func (s *Store) loadRevocation(k, v []byte, now time.Time) {
 		return
 	}
 	s.revoked[revocation{object.Principal(k[2:18]), object.Store(k[18:])}] = at
-}
-
-func (s *Store) loadGrant(e *entry, key, v []byte, now time.Time) {
-	if len(key) != 16 || len(v) != 8 {
-		return
-	}
-	at := int64(binary.BigEndian.Uint64(v))
-	if now.Sub(time.Unix(0, at)) < s.cfg.GrantTTL {
-		s.setGrant(e, object.Principal(key), at)
-	}
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -115,15 +116,16 @@ type index struct {
 	db  *pebble.DB
 	log *slog.Logger
 
-	writes chan indexWrite
-	quit   chan struct{} // closed by close
-	done   chan struct{} // closed when the writer has ended
-	synced chan struct{} // closed when what openDB left unsynced is on the disk
-	broken chan struct{} // closed by fail: nothing more is written
-	failed sync.Once
-	stuck  chan struct{} // closed by giveUp: not even closing the database is safe
-	gaveUp sync.Once
-	cause  error // once stuck
+	writes  chan indexWrite
+	quit    chan struct{} // closed by close
+	done    chan struct{} // closed when the writer has ended
+	synced  chan struct{} // closed when what openDB left unsynced is on the disk
+	broken  chan struct{} // closed by fail: nothing more is written
+	failed  sync.Once
+	corrupt atomic.Bool   // before broken is closed for that
+	stuck   chan struct{} // closed by giveUp: not even closing the database is safe
+	gaveUp  sync.Once
+	cause   error // once stuck
 
 	reading sync.RWMutex // held for reading by get
 	closed  bool         // guarded by reading: the database answers no more
@@ -389,7 +391,10 @@ func (x *index) listener() *pebble.EventListener {
 				note(func() { last = nil })
 			}
 		},
-		DataCorruption:  func(i pebble.DataCorruptionInfo) { x.fail(i.Details) },
+		DataCorruption: func(i pebble.DataCorruptionInfo) {
+			x.corrupt.Store(true)
+			x.fail(i.Details)
+		},
 		WriteStallBegin: func(pebble.WriteStallBeginInfo) { note(func() { stalled = true }) },
 		WriteStallEnd:   func() { note(func() { stalled = false }) },
 	}

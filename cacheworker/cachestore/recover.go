@@ -1,6 +1,7 @@
 package cachestore
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -14,35 +15,34 @@ import (
 	"github.com/larderfs/larder/cacheworker/object"
 )
 
-// recover brings files and index together. It reports whether the last stop was unclean.
+// recover opens the index, or a new one. It reports whether the last stop was unclean.
 func (s *Store) recover() (unclean bool, err error) {
 	if err := errors.Join(s.dir.mkdir(objectsName), s.dir.mkdir(heldName)); err != nil {
 		return false, err
 	}
-	if err = s.openAndLoad(); err != nil {
-		if !indexIsLost(err) {
+	if err = errLost; !s.isLost() {
+		unclean, err = s.openIndex()
+	}
+	if err != nil {
+		if !s.indexIsLost(err) {
 			return false, fmt.Errorf("index: %w", err)
 		}
 		s.log.Error("cache index cannot be read: the cache starts empty", "dir", s.cfg.Dir, "err", err.Error())
-		if err := s.startEmpty(); err != nil {
+		if unclean, err = s.startEmpty(); err != nil {
 			return false, err
 		}
 	}
-	if err := errors.Join(s.restoreAll(), s.findHeld()); err != nil {
+	if err := s.findHeld(); err != nil {
 		return false, errors.Join(err, s.index.close())
 	}
-	clean, err := s.index.get(metaClean)
-	if err == nil && clean != nil {
-		err = s.index.write(func(b *pebble.Batch) error { return b.Delete(metaClean, nil) })
-	}
-	if err != nil {
-		return false, errors.Join(err, s.index.close())
-	}
-	return clean == nil, nil
+	return unclean, nil
 }
 
 // indexIsLost tells a broken index from a system that would not let us read it just now.
-func indexIsLost(err error) bool {
+func (s *Store) indexIsLost(err error) bool {
+	if errors.Is(err, errIndex) && s.index != nil && !s.index.corrupt.Load() {
+		return false
+	}
 	for _, e := range []error{
 		syscall.EACCES, syscall.EPERM, syscall.EROFS, syscall.EAGAIN, syscall.ENOMEM,
 		syscall.EMFILE, syscall.ENFILE, syscall.ENOSPC, syscall.EDQUOT,
@@ -54,42 +54,76 @@ func indexIsLost(err error) bool {
 	return true
 }
 
-func (s *Store) openAndLoad() (err error) {
+func (s *Store) openIndex() (unclean bool, err error) {
 	if err := s.dir.mkdir(indexName); err != nil {
-		return err
+		return false, err
 	}
 	f, err := s.dir.open(indexName, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
-		return err
+		return false, err
 	}
 	s.indexDir = dir{f} // one before it stays open: what is left of its database must not find this one by number
-	if s.index, err = openIndex(s.indexDir, s.log); err != nil {
-		return err
+	x, err := openIndex(s.indexDir, s.log)
+	if err != nil {
+		return false, err
 	}
+	s.index = x
 	if err = s.loadEpoch(); err == nil {
-		err = s.load()
+		err = s.loadRevocations()
+	}
+	if err == nil {
+		unclean, err = s.takeClean()
 	}
 	if err != nil {
-		return errors.Join(err, s.index.close())
+		return false, errors.Join(err, s.index.close())
 	}
-	return nil
+	return unclean, nil
 }
 
-func (s *Store) startEmpty() error {
-	clear(s.entries)
+// takeClean removes the mark of a clean stop.
+func (s *Store) takeClean() (unclean bool, err error) {
+	clean, err := s.index.get(metaClean)
+	if err != nil || clean == nil {
+		return true, err
+	}
+	return false, s.index.write(func(b *pebble.Batch) error { return b.Delete(metaClean, nil) })
+}
+
+func (s *Store) startEmpty() (unclean bool, err error) {
 	clear(s.revoked)
 	for _, name := range []string{indexName, objectsName} {
 		if err := s.dir.removeAll(name); err != nil {
-			return err
+			return false, err
 		}
 	}
-	if err := s.dir.mkdir(objectsName); err != nil {
-		return err
+	if err := errors.Join(s.dir.mkdir(objectsName), s.dir.unlink(lostName)); err != nil {
+		return false, err
 	}
-	if err := s.openAndLoad(); err != nil {
-		return fmt.Errorf("new index: %w", err)
+	if unclean, err = s.openIndex(); err != nil {
+		return false, fmt.Errorf("new index: %w", err)
 	}
-	return nil
+	return unclean, nil
+}
+
+// lose has the next start begin empty: the index cannot be read.
+func (s *Store) lose(err error) {
+	s.index.fail(err)
+	if !s.indexIsLost(err) {
+		return
+	}
+	f, merr := s.dir.open(lostName, unix.O_WRONLY|unix.O_CREAT, 0o600)
+	if merr == nil {
+		merr = f.Close()
+	}
+	s.log.Error("cache index cannot be read: the cache starts empty the next time", "dir", s.cfg.Dir, "err", errors.Join(err, merr))
+}
+
+var errLost = errors.New("the last process could not read it")
+
+// isLost reports whether the last process found that.
+func (s *Store) isLost() bool {
+	var st unix.Stat_t
+	return unix.Fstatat(s.dir.fd(), lostName, &st, unix.AT_SYMLINK_NOFOLLOW) == nil
 }
 
 // loadEpoch counts the boots of the machine that this index has seen.
@@ -113,7 +147,7 @@ func (s *Store) loadEpoch() error {
 
 func (s *Store) markClean() {
 	s.mu.Lock()
-	clean := true
+	clean := s.load.ended.Load()
 	for _, e := range s.entries {
 		clean = clean && len(e.waste) == 0
 	}
@@ -123,109 +157,17 @@ func (s *Store) markClean() {
 	}
 }
 
-// load reads the index in one pass; a file's own record comes before those of its parts.
-func (s *Store) load() error {
-	it, err := s.index.db.NewIter(&pebble.IterOptions{LowerBound: []byte{spaceMeta}})
-	if err != nil {
-		return err
-	}
+// loadRevocations reads what voids grants.
+func (s *Store) loadRevocations() error {
 	now := time.Now()
-	var e *entry      // whose records these are
-	var prefix []byte // of e, or of a file that is not wanted
-	for valid := it.First(); valid; valid = it.Next() {
-		k := it.Key()
+	return s.index.iterate(context.Background(), []byte{spaceMeta}, []byte{spaceMeta + 1}, func(it *pebble.Iterator) error {
 		v, err := it.ValueAndErr()
-		if err != nil {
-			return errors.Join(err, it.Close())
+		if err == nil {
+			s.loadRevocation(it.Key(), v, now)
+			it.Next()
 		}
-		switch {
-		case k[0] == spaceMeta:
-			s.loadRevocation(k, v, now)
-			continue
-		case k[0] != spaceFile || len(k) <= filePrefixLen:
-			continue
-		}
-		if string(k[:filePrefixLen]) != string(prefix) {
-			prefix = append(prefix[:0], k[:filePrefixLen]...)
-			if e = s.loadObject(k, v); e == nil {
-				s.index.deleteLater(prefix)
-			}
-			continue
-		}
-		if e == nil {
-			continue
-		}
-		switch rest := k[filePrefixLen+1:]; k[filePrefixLen] {
-		case kindChunk:
-			s.loadChunk(e, rest, v)
-		case kindGrant:
-			s.loadGrant(e, rest, v, now)
-		}
-	}
-	return errors.Join(it.Error(), it.Close())
-}
-
-// loadObject makes the entry of an object record; nil if it is none, or of an older file.
-func (s *Store) loadObject(k, v []byte) *entry {
-	if len(k) != filePrefixLen+1 || k[filePrefixLen] != kindObject {
-		return nil
-	}
-	name, size, ok := decodeObject(v)
-	if !ok {
-		return nil
-	}
-	id, nonce := object.ID(k[1:17]), binary.BigEndian.Uint64(k[17:])
-	if old := s.entries[id]; old != nil { // of one of the two the file is gone
-		var st unix.Stat_t
-		if unix.Fstatat(s.dir.fd(), objectPath(id, old.nonce), &st, unix.AT_SYMLINK_NOFOLLOW) == nil {
-			return nil
-		}
-		s.deleteRecords(id, old.nonce)
-	}
-	e := newEntry(id, nonce, size)
-	e.indexed = true
-	e.store = s.internStore(name)
-	s.entries[id] = e
-	return e
-}
-
-func (s *Store) internStore(name []byte) uint32 {
-	if id, ok := s.storeIDs[object.Store(name)]; ok { // without allocating
-		return id
-	}
-	return s.storeID(object.Store(name))
-}
-
-func (s *Store) loadChunk(e *entry, key, v []byte) {
-	_, epoch, ok := decodeChunk(v)
-	if !ok || len(key) != 4 {
-		return
-	}
-	i := int(binary.BigEndian.Uint32(key))
-	if i >= e.chunks() {
-		return
-	}
-	e.setPresent(i)
-	if epoch == s.epoch {
-		e.setVerified(i)
-	}
-}
-
-// restoreAll counts what the index knows. Files are looked for later (sweep): one that is missing
-// when it is opened is made again, without the chunks (openFile).
-func (s *Store) restoreAll() error {
-	for id, e := range s.entries {
-		if e.present.Load() > 0 || e.size == 0 {
-			s.restore(e)
-			continue
-		}
-		delete(s.entries, id)
-		s.deleteRecords(id, e.nonce)
-		if err := s.dir.unlink(objectPath(id, e.nonce)); err != nil {
-			return err
-		}
-	}
-	return nil
+		return err
+	})
 }
 
 func (s *Store) restore(e *entry) {

@@ -68,6 +68,8 @@ type Store struct {
 	done  chan struct{} // closed when the janitor has ended
 	swept chan struct{} // closed when the janitor has looked at all files
 
+	load loading
+
 	onEvict atomic.Pointer[func(object.ID)]
 	counters
 	fullLogged atomic.Bool // since the last Put that succeeded
@@ -128,19 +130,24 @@ type Info struct {
 	PresentBytes int64
 }
 
-// Open opens the tier: takes its lock and reads the index. An index that cannot be read is removed
-// together with all cache files.
-func Open(cfg Config) (_ *Store, err error) {
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("open cache %s: %w", cfg.Dir, err)
-		}
-	}()
+// Open opens the tier: takes its lock and the index, which is read while the store is in use. An index
+// that cannot be opened is removed together with all cache files.
+func Open(cfg Config) (*Store, error) {
+	s, unclean, err := prepare(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("open cache %s: %w", cfg.Dir, err)
+	}
+	s.start(unclean)
+	return s, nil
+}
+
+// prepare is Open but for the janitor.
+func prepare(cfg Config) (_ *Store, unclean bool, err error) {
 	s := &Store{
 		cfg: cfg, log: cfg.Log, lock: cfg.Lock, done: make(chan struct{}), swept: make(chan struct{}),
 		entries: make(map[object.ID]*entry), held: make(map[heldKey]int64),
 		storeIDs: make(map[object.Store]uint32), principals: make(map[object.Principal]uint32),
-		revoked: make(map[revocation]int64),
+		revoked: make(map[revocation]int64), load: loading{done: make(chan struct{}), asked: make(map[object.ID]struct{})},
 	}
 	defer func() {
 		if err != nil {
@@ -149,39 +156,39 @@ func Open(cfg Config) (_ *Store, err error) {
 		}
 	}()
 	if err := s.setDefaults(); err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if s.dir, err = openDir(cfg.Dir); err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if cfg.ViewDir != "" {
 		if s.view, err = openDir(cfg.ViewDir); err != nil {
-			return nil, err
+			return nil, false, err
 		}
 	}
 	if s.lock == nil {
 		if s.lock, err = s.dir.lock(context.Background(), s.cfg.LockWait, cfg.AskOwner); err != nil {
-			return nil, err
+			return nil, false, err
 		}
 	}
 	if s.fsRoom, err = s.dir.room(); err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if s.cfg.CapacityBytes == 0 {
 		s.cfg.CapacityBytes = s.fsRoom.totalBytes / 10 * 9
 	}
 	s.policy = policy.New[object.ID](s.cfg.CapacityBytes)
 	if err := s.openIdentity(); err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	unclean, err := s.recover()
-	if err != nil {
-		return nil, err
-	}
+	unclean, err = s.recover()
+	return s, unclean, err
+}
+
+func (s *Store) start(unclean bool) {
 	ctx, cancel := context.WithCancel(context.Background())
 	s.quit = cancel
 	go s.janitor(ctx, unclean)
-	return s, nil
 }
 
 // minHeadroom of the file system is left to the index: a full disk must not stop it.
@@ -269,6 +276,7 @@ func (s *Store) OnEvict(f func(object.ID)) { s.onEvict.Store(&f) }
 
 // Peek tells what is cached of an object, without a lease.
 func (s *Store) Peek(id object.ID) Info {
+	s.ensure(id)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	e := s.entries[id]
