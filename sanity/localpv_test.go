@@ -318,7 +318,7 @@ func TestBadDatasetsAreExplained(t *testing.T) {
 	for dataset, text := range map[string]string{
 		"Bad_Name":  "lower-case letters",
 		"no-secret": `secret: there is no Secret "nowhere" in namespace data; create it`,
-		"no-bucket": "no-such-bucket",
+		"no-bucket": "correct source",
 		"many":      `slots: "1000" is not a number from 1 to 64`,
 		"typo":      "nearest known one is freshness",
 		"layout":    "layout: cannot be given",

@@ -35,7 +35,9 @@ type dataset struct {
 	parameters map[string]string // in their normal form
 }
 
-var namePattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?$`)
+var namePattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]*[a-z0-9])?$`)
+
+const maxName = 50
 
 // parse reads the entries of the ConfigMap. One with a mistake is in bad, not in good.
 func parse(m *corev1.ConfigMap, p driver.Parameters) (good map[string]dataset, bad map[string]error) {
@@ -59,8 +61,8 @@ func parse(m *corev1.ConfigMap, p driver.Parameters) (good map[string]dataset, b
 
 func parseDataset(name, text string, p driver.Parameters) (dataset, error) {
 	d := dataset{name: name, slots: defaultSlots}
-	if !namePattern.MatchString(name) {
-		return d, fmt.Errorf("its name is not one: use up to 50 lower-case letters, digits and '-', with a letter or digit at both ends: %w", object.ErrInvalid)
+	if !namePattern.MatchString(name) || len(name) > maxName {
+		return d, fmt.Errorf("its name is not one: use up to %d lower-case letters, digits and '-', with a letter or digit at both ends: %w", maxName, object.ErrInvalid)
 	}
 	fields, err := scalars(text)
 	if err != nil {

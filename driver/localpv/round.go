@@ -483,7 +483,24 @@ func (r *round) failed(ctx context.Context, dataset, what string, err error) err
 	if api := apierrors.APIStatus(nil); errors.As(err, &api) || transient && time.Since(t.since) < patience {
 		return err
 	}
-	return r.tell(ctx, dataset, err)
+	return r.tell(ctx, dataset, fmt.Errorf("%w%s", err, remedy(err)))
+}
+
+// remedy is what an administrator can do about a source that refuses.
+func remedy(err error) string {
+	for _, r := range []struct {
+		is   error
+		text string
+	}{
+		{object.ErrNotFound, "; correct source and endpoint, or make what they name"},
+		{object.ErrDenied, "; see that secret names the right Secret, and that its user may list and read the source"},
+		{object.ErrUnavailable, "; see that endpoint is right, and that workers on this node can reach it"},
+	} {
+		if errors.Is(err, r.is) {
+			return r.text
+		}
+	}
+	return ""
 }
 
 // tell says on the ConfigMap what is wrong with a dataset; nil is nothing.
