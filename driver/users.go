@@ -36,7 +36,7 @@ func newUsers(h *podHealth, tell func(context.Context, map[string][]Pod) error, 
 }
 
 const (
-	usersInterval = 5 * time.Second
+	usersInterval = 2 * time.Second
 	usersTimeout  = 10 * time.Second
 )
 
@@ -63,13 +63,15 @@ func (u *users) run(ctx context.Context) error {
 	}
 	tick := time.NewTicker(usersInterval)
 	defer tick.Stop()
-	well := true
+	failed := 0
 	for {
 		err := u.look(ctx)
-		if err != nil && well && ctx.Err() == nil {
+		if failed++; err == nil {
+			failed = 0
+		}
+		if failed == 2 { // broker or worker may just be starting
 			u.log.Warn("tell the worker which pods use its volumes; it will be tried again", "err", err)
 		}
-		well = err == nil
 		select {
 		case <-ctx.Done():
 			return nil
