@@ -123,6 +123,23 @@ func TestTheMasterKnowsWhatIsWhere(t *testing.T) {
 		return len(w.Workers) == 2
 	}
 	a.await(known)
+	var volumes []struct {
+		Volume string
+		Inline bool
+		Nodes  []struct {
+			Node string
+			Pods []struct{ Namespace, Name string }
+		}
+	}
+	if err := a.ask(&volumes, "volume", "ls"); err != nil || len(volumes) != 2 {
+		t.Fatalf("volumes: %+v, %v", volumes, err)
+	}
+	for _, v := range volumes {
+		want := map[bool]string{false: va.ID + " [{n1 [{default v}]}]", true: vb.ID + " [{n2 [{default v}]}]"}[v.Inline]
+		if got := fmt.Sprint(v.Volume, " ", v.Nodes); got != want {
+			t.Errorf("volume ls: %s; want %s", got, want)
+		}
+	}
 	for _, name := range []string{"worker", "node", "master"} {
 		a.end(name, syscall.SIGKILL)
 		if name == "master" {

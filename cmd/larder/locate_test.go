@@ -167,6 +167,13 @@ func TestLocateAndTopAskARealMasterAndTwoRealWorkers(t *testing.T) {
 		t.Errorf("top: %+v", s)
 	}
 
+	if l := asked[[]workerEntry](t, "worker", "ls", "--master", m); len(l) != 2 || l[1].Node != "n2" || l[1].Gone || l[1].Version != "test" {
+		t.Errorf("worker ls: %+v", l)
+	}
+	if l := asked[[]volumeEntry](t, "volume", "ls", "--master", m); len(l) != 0 {
+		t.Errorf("volume ls: %+v", l)
+	}
+
 	stop1() // and started again: another port, another process, the same cache
 	before := s.Workers[0]
 	startWorker(t, "n1", m, tier1)

@@ -96,7 +96,7 @@ func workerCommand() *cobra.Command {
 		readOnlyDir string
 		tierWait    time.Duration
 	)
-	return service("worker", "Serve the node's cache",
+	cmd := service("worker", "Serve the node's cache",
 		`The cache worker of one node. It needs no privilege: the broker (larder csi node) makes the mounts
 and shares them. It may be stopped, killed and upgraded at any time; readers wait for the next one.`,
 		func(f *pflag.FlagSet) {
@@ -131,6 +131,8 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 			}
 			return w.Run(ctx)
 		})
+	cmd.AddCommand(workerListCommand())
+	return cmd
 }
 
 func brokerFlags(f *pflag.FlagSet, c *broker.Config, run *string) {

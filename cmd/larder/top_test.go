@@ -132,3 +132,36 @@ func TestLocateAsATable(t *testing.T) {
 		t.Errorf("%q, %v", b.String(), err)
 	}
 }
+
+func TestListsAsTables(t *testing.T) {
+	ws := some(0)
+	ws[0].Volumes[0].Pods[0].Namespace, ws[0].Volumes[0].Pods[0].Name = "prod", "reader-0"
+	ws[1].Volumes = []client.Published{{Volume: client.Volume{ID: "csi-1"}, Inline: true, Pods: []client.Pod{{Namespace: "test", Name: "once", UID: "u3"}}}, {Volume: client.Volume{ID: "lv-1"}}}
+	ws[0].ReservedBytes, ws[0].Version = 5<<30, "v1.2.3"
+	var b strings.Builder
+	if err := printWorkers(&b, workerEntries(ws), noon.Add(7*time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "worker-ls.golden", b.String())
+	vs := []client.Volume{
+		{ID: "lv-1", Name: "pvc-sales", Parameters: map[string]string{"source": "s3://b/sales"}},
+		{ID: "lv-2", Node: "node-a", CapacityBytes: 5 << 30, Parameters: map[string]string{"source": "s3://b/logs", "binding": "node"}},
+		{ID: "lv-3", Name: "pvc-idle", Parameters: map[string]string{"source": "file:///data"}},
+	}
+	entries := volumeEntries(vs, []client.Worker{ws[0], ws[1]})
+	b.Reset()
+	if err := printVolumes(&b, entries); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "volume-ls.golden", b.String())
+	b.Reset()
+	if err := printJSON(&b, entries); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "volume-ls.json", b.String())
+	b.Reset()
+	if err := printJSON(&b, workerEntries(ws[:1])); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "worker-ls.json", b.String())
+}
