@@ -3,7 +3,6 @@ package cachestore
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -23,6 +22,14 @@ type Sum struct {
 // which of its keys are, or nil for none; keys are not to be kept. They are in the index only, so
 // this is one pass over that: not for the path of a read.
 func (s *Store) Sum(ctx context.Context, want func(object.Store) func(key []byte) bool) (sum Sum, err error) {
+	select {
+	case <-s.load.done: // before, s.entries does not tell what is present
+	case <-ctx.Done():
+		return Sum{}, fmt.Errorf("sum the cache up: %w", context.Cause(ctx))
+	}
+	if !s.load.ended.Load() {
+		return Sum{}, fmt.Errorf("sum the cache up: %w", errIndex)
+	}
 	wanted := map[object.Store]func([]byte) bool{}
 	err = s.index.eachObject(ctx, func(id object.ID, nonce uint64, o objectRecord) {
 		f, met := wanted[object.Store(o.store)]
@@ -66,45 +73,38 @@ type objectRecord struct {
 
 // eachObject calls f for each object's record. It ends with ctx, and with the index.
 func (x *index) eachObject(ctx context.Context, f func(object.ID, uint64, objectRecord)) error {
-	x.reading.RLock()
-	defer x.reading.RUnlock()
-	if x.closed {
-		return errIndex
-	}
-	it, err := x.db.NewIterWithContext(ctx, &pebble.IterOptions{LowerBound: []byte{spaceFile}, UpperBound: []byte{spaceFile + 1}})
-	if err != nil {
-		return err
-	}
-	for valid, n := it.First(), 0; valid; n++ {
-		if n%1024 == 0 {
-			select {
-			case <-ctx.Done():
-				return errors.Join(context.Cause(ctx), it.Close())
-			case <-x.quit: // close waits for this pass
-				return errors.Join(errIndex, it.Close())
-			default:
-			}
-		}
+	return x.iterate(ctx, []byte{spaceFile}, []byte{spaceFile + 1}, func(it *pebble.Iterator) error {
 		k := it.Key()
-		if len(k) != filePrefixLen+1 || k[filePrefixLen] != kindObject {
-			valid = it.Next()
-			continue
+		isObject := len(k) == filePrefixLen+1 && k[filePrefixLen] == kindObject
+		if !isObject {
+			skipParts(it)
+			return nil
 		}
 		v, err := it.ValueAndErr()
 		if err != nil {
-			return errors.Join(err, it.Close())
+			return err
 		}
 		o, ok := readObject(v)
 		if ok {
 			f(object.ID(k[1:17]), binary.BigEndian.Uint64(k[17:]), o)
 		}
 		if o.sizeBytes > manyChunks*object.ChunkSize {
-			valid = it.SeekGE(after(k[:filePrefixLen]))
+			it.SeekGE(after(k[:filePrefixLen]))
 		} else {
-			valid = it.Next()
+			it.Next()
+		}
+		return nil
+	})
+}
+
+// skipParts leaves records of chunks and grants behind, but not all at once: iterate looks at its
+// context in between.
+func skipParts(it *pebble.Iterator) {
+	for n := 0; n < 1024 && it.Next(); n++ {
+		if k := it.Key(); len(k) == filePrefixLen+1 {
+			return
 		}
 	}
-	return errors.Join(it.Error(), it.Close())
 }
 
 // manyChunks have more records than it costs to look the next file up.
