@@ -55,6 +55,7 @@ type Config struct {
 	FileRootPath string // how to open FileRoot, if not by its name
 
 	Features Features
+	Alone    *Alone // nil serves mounts
 	Version  string
 	Log      *slog.Logger
 }
@@ -69,9 +70,13 @@ type Features struct {
 // Validate reports all mistakes at once.
 func (c Config) Validate() error {
 	var errs []error
-	for _, f := range []struct{ name, path string }{
-		{"tier", c.TierDir}, {"broker socket", c.BrokerSocket}, {"control socket", c.ControlSocket},
-	} {
+	paths := []struct{ name, path string }{{"tier", c.TierDir}, {"control socket", c.ControlSocket}}
+	if c.Alone == nil {
+		paths = append(paths, struct{ name, path string }{"broker socket", c.BrokerSocket})
+	} else {
+		errs = append(errs, c.Alone.validate())
+	}
+	for _, f := range paths {
 		if !filepath.IsAbs(f.path) {
 			errs = append(errs, fmt.Errorf("%s: %q is not an absolute path", f.name, f.path))
 		}
@@ -102,6 +107,7 @@ const minMemory = 64 << 20
 
 // Worker is the process's parts, from its start to its end.
 type Worker struct {
+	sidecar
 	cfg      Config
 	log      *slog.Logger
 	started  time.Time
@@ -158,7 +164,11 @@ func (w *Worker) Run(ctx context.Context) (err error) {
 		return errors.Join(err, control.Close())
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return w.mounts.Run(ctx) })
+	if w.cfg.Alone != nil {
+		g.Go(func() error { return w.serveAlone(ctx) })
+	} else {
+		g.Go(func() error { return w.mounts.Run(ctx) })
+	}
 	g.Go(func() error { return w.serveNetwork(ctx) })
 	g.Go(func() error { return serveControl(ctx, control, w) })
 	g.Go(func() error { return w.serveMetrics(ctx) })
@@ -177,7 +187,11 @@ func (w *Worker) serveMetrics(ctx context.Context) error {
 	}
 	reg := prometheus.NewRegistry()
 	reg.MustRegister(collector{w})
-	return ServeMetrics(ctx, w.cfg.MetricsListen, reg, Probes{Ready: w.mounts.ready})
+	ready := w.mounts.ready
+	if w.cfg.Alone != nil {
+		ready = w.readyAlone
+	}
+	return ServeMetrics(ctx, w.cfg.MetricsListen, reg, Probes{Ready: ready})
 }
 
 func (w *Worker) reportToMaster(ctx context.Context) error {

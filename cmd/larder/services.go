@@ -95,12 +95,16 @@ func workerCommand() *cobra.Command {
 		memory      size
 		readOnlyDir string
 		tierWait    time.Duration
+		socketDir   string
+		parameters  map[string]string
 	)
 	cmd := service("worker", "Serve the node's cache",
 		`The cache worker of one node. It needs no privilege: the broker (larder csi node) makes the mounts
 and shares them. It may be stopped, killed and upgraded at any time; readers wait for the next one.`,
 		func(f *pflag.FlagSet) {
 			f.Var(&t, "tier", "cache directory and its capacity")
+			f.StringVar(&socketDir, "socket-dir", "", "be a pod's sidecar: serve the volume of --parameter by a socket in this `directory`, without a broker and without a mount")
+			f.StringToStringVar(&parameters, "parameter", nil, "parameter of that volume, as in a StorageClass (repeated): source=s3://bucket/prefix")
 			f.DurationVar(&tierWait, "tier-wait", 0, "how long to wait for the node plugin to give the tier to this user")
 			f.StringVar(&readOnlyDir, "view", "", "the tier's `directory` through a read-only mount; without it nothing is passed through")
 			f.Var(&minFree, "min-free", "bytes of the tier's file system that stay free")
@@ -122,6 +126,9 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 			c.MemoryBytes = memory.bytes
 			c.BrokerSocket, c.ControlSocket = filepath.Join(run, brokerSocket), filepath.Join(run, controlSocket)
 			c.Log, c.Version = log, version
+			if err := alone(&c, socketDir, parameters); err != nil {
+				return err
+			}
 			w, err := cacheworker.New(c)
 			if err != nil {
 				return err
