@@ -60,15 +60,15 @@ const (
 )
 
 var (
-	podUID  = regexp.MustCompile(`^[A-Za-z0-9-]{1,128}$`)
-	podName = regexp.MustCompile(`^[a-z0-9.-]{0,253}$`)
+	uidShape  = regexp.MustCompile(`^[A-Za-z0-9-]{1,128}$`)
+	nameShape = regexp.MustCompile(`^[a-z0-9.-]{0,253}$`)
 )
 
 // podOf is the pod that a volume is published to; ok is false if none is named, or none that
 // Kubernetes could have.
 func podOf(attrs map[string]string) (p Pod, ok bool) {
 	p = Pod{UID: attrs[keyPodUID], Namespace: attrs[keyPodNamespace], Name: attrs[keyPodName]}
-	return p, podUID.MatchString(p.UID) && podName.MatchString(p.Namespace) && podName.MatchString(p.Name)
+	return p, uidShape.MatchString(p.UID) && nameShape.MatchString(p.Namespace) && nameShape.MatchString(p.Name)
 }
 
 const (

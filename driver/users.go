@@ -27,17 +27,23 @@ type users struct {
 	log    *slog.Logger
 	wake   chan struct{}
 
-	mu    sync.Mutex     // guards names; never held across a call
-	names map[string]Pod // by uid
+	mu    sync.Mutex         // guards names; never held across a call
+	names map[string]podName // by uid
+}
+
+type podName struct {
+	Pod
+	seen time.Time // the last time that it was published to, or had a volume
 }
 
 func newUsers(h *podHealth, tell func(context.Context, map[string][]Pod) error, log *slog.Logger) *users {
-	return &users{health: h, tell: tell, log: log, wake: make(chan struct{}, 1), names: map[string]Pod{}}
+	return &users{health: h, tell: tell, log: log, wake: make(chan struct{}, 1), names: map[string]podName{}}
 }
 
 const (
 	usersInterval = 2 * time.Second
 	usersTimeout  = 10 * time.Second
+	nameLife      = time.Minute // of a pod that has no volume
 )
 
 // changed notes that a volume was published, to the pod that the request names, or is so no more.
@@ -47,7 +53,7 @@ func (u *users) changed(attributes map[string]string) {
 	}
 	if p, ok := podOf(attributes); ok {
 		u.mu.Lock()
-		u.names[p.UID] = p
+		u.names[p.UID] = podName{p, time.Now()}
 		u.mu.Unlock()
 	}
 	select {
@@ -97,7 +103,7 @@ func (u *users) look(ctx context.Context) error {
 	for _, use := range uses {
 		m, held := v.volume(use.volume)
 		p, mounted := v.table.At(use.target)
-		if held && mounted && v.is(p, m) && podUID.MatchString(use.pod) {
+		if held && mounted && v.is(p, m) && uidShape.MatchString(use.pod) {
 			of[use.volume] = append(of[use.volume], Pod{UID: use.pod})
 			there[use.pod] = true
 		}
@@ -120,9 +126,17 @@ func (u *users) look(ctx context.Context) error {
 // named returns the names of pods by uid, as far as they are known. The orchestrator is asked if
 // some are not.
 func (u *users) named(ctx context.Context, there map[string]bool) (names map[string]Pod, err error) {
+	names = map[string]Pod{}
+	now := time.Now()
 	u.mu.Lock()
-	maps.DeleteFunc(u.names, func(uid string, _ Pod) bool { return !there[uid] })
-	names = maps.Clone(u.names)
+	for uid, p := range u.names {
+		switch {
+		case there[uid]:
+			names[uid], u.names[uid] = p.Pod, podName{p.Pod, now}
+		case now.Sub(p.seen) > nameLife:
+			delete(u.names, uid)
+		}
+	}
 	u.mu.Unlock()
 	if u.health.pods == nil || len(names) == len(there) {
 		return names, nil
@@ -132,7 +146,7 @@ func (u *users) named(ctx context.Context, there map[string]bool) (names map[str
 	defer u.mu.Unlock()
 	for uid := range there {
 		if p, ok := all[uid]; ok {
-			u.names[uid], names[uid] = p, p
+			names[uid], u.names[uid] = p, podName{p, now}
 		}
 	}
 	return names, err
