@@ -380,13 +380,17 @@ func TestLocalVolumesOutliveTheirProcesses(t *testing.T) {
 	if e.InvolvedObject.Kind != "Pod" || e.InvolvedObject.Name != "pod-a" || e.Reason != "MountLost" || !strings.Contains(e.Message, "kubectl delete pod -n ns pod-a") {
 		t.Errorf("%+v", e)
 	}
-	n.api.Await(t, func() error { // for a container that is started again
-		if m := leak.Mounts(target); len(m) != 1 {
-			return fmt.Errorf("mounted at the pod: %v", m)
+	n.api.Await(t, func() error { // for a container that is started again; before it finds an error, never an empty directory
+		if entries, err := os.ReadDir(target); err == nil && len(entries) == 0 {
+			t.Fatal("a container that is started now would find an empty dataset")
 		}
-		return nil
+		_, err := os.ReadFile(filepath.Join(target, "data/f"))
+		return err
 	})
 	n.read(target, want)
+	if m := leak.Mounts(target); len(m) != 1 {
+		t.Errorf("mounted at the pod: %v", m)
+	}
 }
 
 // What a user is told of a volume that a claim gave: that its source fails, that it was lost with

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -125,16 +126,22 @@ func (b *Broker) unmount(ctx context.Context, path string) error {
 }
 
 // reconcile removes mounts of this broker's name that nobody holds: both holders died. Only after a
-// worker has given back what it held.
+// worker has given back what it held. What pods have stays until the next publish or unpublish: a
+// container that starts meanwhile is to find an error, not an empty directory.
 func (b *Broker) reconcile() error {
 	b.mounting.Lock()
 	defer b.mounting.Unlock()
 	held := b.held.All()
-	dead, err := detach(func(e mounttable.Entry) bool {
-		return ours(e, b.cfg.Name) && !slices.ContainsFunc(held, func(m *takeover.Mount) bool { return m.Dev == e.Dev })
+	var dead []string
+	_, err := detach(func(e mounttable.Entry) bool {
+		if !ours(e, b.cfg.Name) || slices.ContainsFunc(held, func(m *takeover.Mount) bool { return m.Dev == e.Dev }) {
+			return false
+		}
+		dead = append(dead, e.Path)
+		return !strings.Contains(e.Path, "/volumes/kubernetes.io~") && !strings.Contains(e.Path, "/volume-subpaths/")
 	})
 	for _, path := range dead {
-		b.cfg.Log.Error("removed a dead mount: worker and broker had both died; pods that used it must be restarted", "path", path)
+		b.cfg.Log.Error("a dead mount: worker and broker had both died; pods that used it must be restarted", "path", path)
 	}
 	b.held.Lost(dead, "its cache worker and the node plugin had both died")
 	return err

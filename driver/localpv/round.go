@@ -318,11 +318,12 @@ func (r *round) bindAgain(ctx context.Context, s slot) error {
 	if err != nil {
 		return err
 	}
+	own, _ := r.table.At(mountPoint(r.cfg.Dir, s.name))
 	targets = slices.DeleteFunc(targets, func(t string) bool {
-		_, mounted := r.table.At(t)
+		there, mounted := r.table.At(t)
 		young := !mounted && !isOld(t)
 		r.again = r.again || young
-		return mounted || young
+		return young || mounted && (there.Dev == own.Dev || !there.FUSE())
 	})
 	if len(targets) == 0 {
 		return nil
@@ -338,7 +339,11 @@ func (r *round) bindAgain(ctx context.Context, s slot) error {
 			continue
 		}
 		r.cfg.Log.Warn("local volume bound again", "volume", s.name, "target", t)
-		errs = append(errs, r.broker.Bind(ctx, s.name, "", t, true))
+		err := r.broker.Unmount(ctx, t) // what died there
+		if err == nil {
+			err = r.broker.Bind(ctx, s.name, "", t, true)
+		}
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }
