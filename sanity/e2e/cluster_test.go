@@ -137,12 +137,8 @@ func (t *test) replica(app, other string) core.Pod {
 }
 
 func uninstall(t *test) {
-	d := t.put(2, 1<<20)
-	t.claim("data", t.classFor(d))
 	node := t.nodes[0]
-	t.run("by-claim", on(node, podSpec(claimed("data"))))
-	t.run("inline", on(node, podSpec(inline(t.secret(), d.attributes()))))
-	t.verify("by-claim", d, 0)
+	d, names := t.readers(node)
 	overlay := filepath.Join("sanity", "e2e", "overlay")
 	if _, err := os.Stat(overlay); err != nil {
 		t.Fatalf("%v: run the tests in the repository's folder", err)
@@ -150,13 +146,13 @@ func uninstall(t *test) {
 	t.Cleanup(func() { t.install(overlay) })
 	_, err := kubectl(t.ctx, "delete", "-k", overlay, "--wait=false")
 	t.must(err)
-	t.eventually(60*time.Second, text("the controller does not end"), func() bool {
-		list, err := t.client.CoreV1().Pods(systemNamespace).List(t.ctx, meta.ListOptions{LabelSelector: component + "controller"})
+	t.eventually(60*time.Second, text("workers and controller do not end"), func() bool {
+		list, err := t.client.CoreV1().Pods(systemNamespace).List(t.ctx, meta.ListOptions{LabelSelector: "app.kubernetes.io/component in (worker, controller)"})
 		return err == nil && len(list.Items) == 0
 	})
-	t.verify("by-claim", d, 0) // nothing is taken from a pod that runs
-	t.delete("by-claim")
-	t.delete("inline")
+	for _, name := range names { // whose reads wait for a worker that does not come
+		t.delete(name)
+	}
 	t.eventually(3*time.Minute, text("namespace %s does not end", systemNamespace), func() bool {
 		_, err := t.client.CoreV1().Namespaces().Get(t.ctx, systemNamespace, meta.GetOptions{})
 		return apierrors.IsNotFound(err)

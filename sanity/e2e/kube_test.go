@@ -30,6 +30,24 @@ type test struct {
 	ns  string
 }
 
+// What goes wrong is printed at once: a run takes minutes, and may be interrupted.
+
+func (t *test) Errorf(format string, args ...any) {
+	t.Helper()
+	fmt.Printf("       "+format+"\n", args...)
+	t.T.Errorf(format, args...)
+}
+
+func (t *test) Fatalf(format string, args ...any) {
+	t.Helper()
+	t.Errorf(format, args...)
+	t.FailNow()
+}
+
+func (t *test) Error(args ...any) { t.Helper(); t.Errorf("%s", fmt.Sprint(args...)) }
+
+func (t *test) Fatal(args ...any) { t.Helper(); t.Fatalf("%s", fmt.Sprint(args...)) }
+
 // must ends the test where err is not nil.
 func (t *test) must(err error) {
 	t.Helper()
@@ -75,15 +93,13 @@ func (t *test) makeNamespace() {
 	})
 }
 
-// deleteNamespace ends the pods, and asks for the deletion of the rest: the last test sees that it ends.
+// deleteNamespace returns when the pods have gone. The last test sees that the rest goes too.
 func (t *test) deleteNamespace(name string) {
 	ctx, cancel := afterwards()
 	defer cancel()
-	pods := t.client.CoreV1().Pods(name)
-	grace := int64(1)
-	err := pods.DeleteCollection(ctx, meta.DeleteOptions{GracePeriodSeconds: &grace}, meta.ListOptions{})
+	err := t.client.CoreV1().Namespaces().Delete(ctx, name, meta.DeleteOptions{})
 	for err == nil {
-		list, listErr := pods.List(ctx, meta.ListOptions{})
+		list, listErr := t.client.CoreV1().Pods(name).List(ctx, meta.ListOptions{})
 		if err = listErr; err != nil || len(list.Items) == 0 {
 			break
 		}
@@ -92,9 +108,6 @@ func (t *test) deleteNamespace(name string) {
 	if err != nil {
 		(&test{T: t.T, env: t.env, ctx: ctx, ns: name}).keepLogs(t.Name() + " deletion")
 		t.Errorf("the pods of namespace %s do not end: %v", name, err)
-	}
-	if err := t.client.CoreV1().Namespaces().Delete(ctx, name, meta.DeleteOptions{}); err != nil {
-		t.Errorf("delete namespace %s: %v", name, err)
 	}
 }
 
