@@ -138,7 +138,7 @@ func (b *Broker) reconcile() error {
 			return false
 		}
 		dead = append(dead, e.Path)
-		return !strings.Contains(e.Path, "/volumes/kubernetes.io~") && !strings.Contains(e.Path, "/volume-subpaths/")
+		return !strings.Contains(e.Path, "/volumes/kubernetes.io~") // binds of a part of it (subPath) the kubelet makes anew
 	})
 	for _, path := range dead {
 		b.cfg.Log.Error("a dead mount: worker and broker had both died; pods that used it must be restarted", "path", path)
