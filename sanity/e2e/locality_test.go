@@ -19,7 +19,7 @@ func localityScenarios() []scenario {
 // larder asks Larder's command line, in the master's pod.
 func (t *test) larder(into any, args ...string) error {
 	master := t.systemPods("master", "")[0].Name
-	out, err := t.execIn(systemNamespace, master, "master", append([]string{"/larder", "--master=127.0.0.1:9820", "-o=json"}, args...)...)
+	out, err := t.execIn(systemNamespace, master, "master", append(append([]string{"/larder"}, args...), "--master=127.0.0.1:9820", "-o=json")...)
 	if err != nil {
 		return err
 	}
