@@ -37,7 +37,7 @@ func serveControl(ctx context.Context, l net.Listener, w *Worker) error {
 	s := grpc.NewServer()
 	workerpb.RegisterWorkerServer(s, control{w: w})
 	defer context.AfterFunc(ctx, s.Stop)()
-	if err := s.Serve(l); err != nil && ctx.Err() == nil {
+	if err := s.Serve(identified{l}); err != nil && ctx.Err() == nil {
 		return fmt.Errorf("control socket: %w", err)
 	}
 	return nil

@@ -27,8 +27,9 @@ const redial = 50 * time.Millisecond
 type mounts struct {
 	w *Worker
 
-	mu        sync.Mutex // guards the fields below; never held across a call
-	held      map[string]*held
+	mu        sync.Mutex       // guards the fields below; never held across a call
+	held      map[string]*held // served
+	fed       map[string]*held // adopted, and served when the broker says so
 	peer      *brokerwire.Peer // nil while there is no broker
 	connected chan struct{}    // closed when there is one again; nil while there is
 	takeovers uint64
@@ -45,6 +46,7 @@ type held struct {
 	since    time.Time
 	listener *os.File // this process's own description of the domain socket's descriptor
 	stop     context.CancelFunc
+	fresh    bool // no worker served it before
 }
 
 // Run keeps the link to the broker until ctx ends; then the mounts are let go without an
@@ -71,6 +73,10 @@ func (ms *mounts) Run(ctx context.Context) error {
 
 // connect serves one connection to the broker, if there is one.
 func (ms *mounts) connect(ctx context.Context) (connected bool, err error) {
+	stage := ms.w.stage()
+	if stage != brokerwire.Taking {
+		ms.serveFed(ctx) // the elder has ended, and there was no broker to say so
+	}
 	conn, err := brokerwire.Dial(ctx, ms.w.cfg.BrokerSocket)
 	if err != nil {
 		return false, err
@@ -81,14 +87,20 @@ func (ms *mounts) connect(ctx context.Context) (connected bool, err error) {
 	done := make(chan error, 1)
 	go func() { done <- peer.Run(ctx) }()
 	before := ms.all() // what this broker gives us from here on it holds
-	hello := brokerwire.Message{Verb: brokerwire.Hello, Version: brokerwire.Version, Role: brokerwire.RoleWorker, UUID: ms.w.store.UUID().String()}
+	hello := brokerwire.Message{Verb: brokerwire.Hello, Version: brokerwire.Version, Role: brokerwire.RoleWorker,
+		UUID: ms.w.store.UUID().String(), Stage: stage}
 	if _, _, err := peer.Call(ctx, hello); err != nil {
 		peer.Close()
 		<-done
+		if stage == brokerwire.Giving && errors.Is(err, brokerwire.ErrExists) {
+			ms.w.end(nil) // the next one serves
+		}
 		return false, fmt.Errorf("broker refuses this worker: %w", err)
 	}
-	ms.w.log.Info("connected to broker")
-	ms.giveBack(ctx, peer, before)
+	ms.w.log.Info("connected to broker", "stage", stage)
+	if stage != brokerwire.Taking {
+		ms.giveBack(ctx, peer, before)
+	}
 	ms.setPeer(peer)
 	err = <-done
 	ms.setPeer(nil)
@@ -106,6 +118,24 @@ func (ms *mounts) setPeer(p *brokerwire.Peer) {
 		close(ms.connected)
 		ms.connected = nil
 	}
+}
+
+func (ms *mounts) isConnected() bool {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	return ms.peer != nil
+}
+
+// awaitBroker returns when there is a broker that holds the mounts too.
+func (ms *mounts) awaitBroker(ctx context.Context) error {
+	for !ms.isConnected() {
+		select {
+		case <-time.After(redial):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
 }
 
 // giveBack gives a broker that was restarted what it held before.
@@ -174,7 +204,12 @@ func (ms *mounts) all() map[string]*held {
 func (ms *mounts) handle(life, rctx context.Context, m brokerwire.Message, files []*os.File) error {
 	switch m.Verb {
 	case brokerwire.Adopt:
-		return ms.adopt(life, rctx, m, files)
+		return ms.adopt(rctx, m, files)
+	case brokerwire.Serve:
+		return ms.serve(life, m.Mount)
+	case brokerwire.Yield:
+		ms.w.yield(m.Text)
+		return nil
 	case brokerwire.Listen:
 		if len(files) != 1 {
 			return fmt.Errorf("listen: one descriptor is needed: %w", object.ErrInvalid)
@@ -200,8 +235,8 @@ func (ms *mounts) get(id string) *held {
 	return ms.held[id]
 }
 
-// adopt serves a mount. One that was never served is checked first: its source must answer.
-func (ms *mounts) adopt(life, rctx context.Context, m brokerwire.Message, files []*os.File) error {
+// adopt gets ready to serve a mount. One that was never served is checked first: its source must answer.
+func (ms *mounts) adopt(rctx context.Context, m brokerwire.Message, files []*os.File) error {
 	if len(files) < 3 || len(files) > 4 {
 		return fmt.Errorf("adopt: three or four descriptors are needed, not %d: %w", len(files), object.ErrInvalid)
 	}
@@ -222,7 +257,7 @@ func (ms *mounts) adopt(life, rctx context.Context, m brokerwire.Message, files 
 	f := ms.w.cfg.Features
 	init := files[2]
 	files[2] = nil
-	served, err := fusefs.Adopt(fusefs.Config{
+	adopted, err := fusefs.Adopt(fusefs.Config{
 		Volume: st.Volume, Dataset: data, Broker: ms, Counters: &ms.w.counters, Log: ms.w.log,
 		Features: fusefs.Features{Passthrough: !f.NoPassthrough && ms.w.cfg.ViewDir != "", Resend: !f.NoResend, Splice: !f.NoSplice},
 	}, files[0], files[1], init, m.Fresh, ms.w.store.UUID().String())
@@ -230,22 +265,72 @@ func (ms *mounts) adopt(life, rctx context.Context, m brokerwire.Message, files 
 		return err
 	}
 	files[0], files[1] = nil, nil
-	hctx, stop := context.WithCancel(life)
-	h := &held{Served: served, data: data, volume: st.Volume, since: time.Now(), stop: stop}
+	h := &held{Served: adopted, data: data, volume: st.Volume, stop: func() {}, fresh: m.Fresh}
+	if len(files) == 4 {
+		h.listener, files[3] = files[3], nil
+	}
 	ms.mu.Lock()
-	ms.held[m.Mount] = h
-	if !m.Fresh {
+	again := ms.fed[m.Mount] // from a broker that has died since
+	ms.fed[m.Mount] = h
+	ms.mu.Unlock()
+	if again != nil {
+		again.end()
+	}
+	return nil
+}
+
+// serve answers a mount's requests. Nobody else reads them any more.
+func (ms *mounts) serve(life context.Context, id string) error {
+	ms.mu.Lock()
+	h := ms.fed[id]
+	delete(ms.fed, id)
+	ms.mu.Unlock()
+	if h == nil {
+		return fmt.Errorf("volume %q is not adopted here: %w", id, object.ErrNotFound)
+	}
+	if err := h.CatchUp(); err != nil {
+		h.end()
+		return err
+	}
+	l := h.listener
+	h.listener, h.since = nil, time.Now()
+	ms.mu.Lock()
+	ms.held[id] = h
+	if !h.fresh {
 		ms.takeovers++
 	}
 	ms.mu.Unlock()
-	ms.sayWeaker(served)
-	go served.Serve() // ends with the mount, or with the process: a blocked read(2) cannot be called back
-	if len(files) == 4 {
-		l := files[3]
-		files[3] = nil
-		return ms.listen(hctx, h, l)
+	go h.Serve() // ends with the mount, or with the process: a blocked read(2) cannot be called back
+	ms.sayWeaker(h.Served)
+	var err error
+	if l != nil {
+		err = ms.listen(life, h, l)
 	}
-	return nil
+	if !h.fresh {
+		err = errors.Join(err, ms.reload(id)) // it may have changed since it was adopted
+	}
+	return err
+}
+
+// serveFed serves what was adopted, without the broker, which would be given it back otherwise.
+func (ms *mounts) serveFed(ctx context.Context) {
+	ms.mu.Lock()
+	ids := slices.Collect(maps.Keys(ms.fed))
+	ms.mu.Unlock()
+	for _, id := range ids {
+		if err := ms.serve(ctx, id); err != nil {
+			ms.w.log.Error("serve", "volume", id, "err", err)
+		}
+	}
+}
+
+// end lets go of a mount that this worker does not serve, or that is unmounted.
+func (h *held) end() {
+	h.stop()
+	h.End()
+	if h.listener != nil {
+		h.listener.Close()
+	}
 }
 
 // sayWeaker logs, once, which guarantees the kernel does not allow.
@@ -318,16 +403,14 @@ func (ms *mounts) reload(id string) error {
 // drop ends a mount that is unmounted.
 func (ms *mounts) drop(id string) error {
 	ms.mu.Lock()
-	h := ms.held[id]
+	gone := []*held{ms.held[id], ms.fed[id]}
 	delete(ms.held, id)
+	delete(ms.fed, id)
 	ms.mu.Unlock()
-	if h == nil {
-		return nil
-	}
-	h.stop()
-	h.End()
-	if h.listener != nil {
-		h.listener.Close()
+	for _, h := range gone {
+		if h != nil {
+			h.end()
+		}
 	}
 	return nil
 }

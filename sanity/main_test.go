@@ -17,7 +17,12 @@ import (
 // larderBinary is built once for all tests.
 var larderBinary string
 
-func TestMain(m *testing.M) { os.Exit(leak.Run(built{m})) }
+func TestMain(m *testing.M) {
+	if data := os.Getenv(loopsEnv); data != "" {
+		runLoops(data)
+	}
+	os.Exit(leak.Run(built{m}))
+}
 
 type built struct{ m *testing.M }
 

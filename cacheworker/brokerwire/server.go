@@ -24,10 +24,11 @@ var verbs = map[Role][]Verb{
 // Session is a peer that was admitted.
 type Session struct {
 	*Peer
-	Role Role
-	UUID string // of a worker
-	UID  uint32 // the kernel says so, as of PID
-	PID  int32
+	Role  Role
+	UUID  string // of a worker
+	Stage Stage  // of a worker, when it came
+	UID   uint32 // the kernel says so, as of PID
+	PID   int32
 }
 
 // Server is the broker's end of its socket. The socket is open to everybody: a peer's first
@@ -37,8 +38,8 @@ type Server struct {
 	Socket string
 	Admit  func(uid uint32, r Role) bool
 	Handle func(ctx context.Context, s *Session, m Message, files []*os.File) (Message, error)
-	Came   func(*Session) // was admitted
-	Left   func(*Session) // its connection has ended, and so have its calls of Handle
+	Came   func(*Session) error // was admitted; an error refuses it all the same
+	Left   func(*Session)       // its connection has ended, and so have its calls of Handle
 	Log    *slog.Logger
 }
 
@@ -77,15 +78,14 @@ func (v *Server) serve(ctx context.Context, c *net.UnixConn) {
 	var p *Peer
 	p = NewPeer(c, func(ctx context.Context, m Message, files []*os.File) (Message, []*os.File, error) {
 		if m.Verb == Hello {
-			s := &Session{Peer: p, Role: m.Role, UUID: m.UUID, UID: cred.Uid, PID: cred.Pid}
+			s := &Session{Peer: p, Role: m.Role, UUID: m.UUID, Stage: m.Stage, UID: cred.Uid, PID: cred.Pid}
 			if err := v.check(s, m.Version); err != nil {
 				return Message{}, nil, err
 			}
 			if !session.CompareAndSwap(nil, s) {
 				return Message{}, nil, fmt.Errorf("said hello already: %w", object.ErrInvalid)
 			}
-			v.Came(s)
-			return Message{Version: Version}, nil, nil
+			return Message{Version: Version}, nil, v.Came(s)
 		}
 		s := session.Load()
 		if s == nil || !slices.Contains(verbs[s.Role], m.Verb) {

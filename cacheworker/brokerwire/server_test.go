@@ -22,7 +22,7 @@ func serve(t *testing.T, handle func(*Session, Message) (Message, error)) (socke
 		Socket: socket, Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
 		Admit:  func(uid uint32, r Role) bool { return uid == uint32(os.Getuid()) && (r == RoleWorker || r == RoleNode) },
 		Handle: func(_ context.Context, s *Session, m Message, _ []*os.File) (Message, error) { return handle(s, m) },
-		Came:   func(s *Session) { came <- s },
+		Came:   func(s *Session) error { came <- s; return nil },
 		Left:   func(s *Session) { left <- s },
 	}
 	ctx, stop := context.WithCancel(context.Background())

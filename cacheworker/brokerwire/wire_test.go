@@ -63,7 +63,7 @@ func fullMessage() Message {
 	v := Volume{ID: "v", Source: "s3://b/p", Endpoint: "http://h:1", Region: "r", PathStyle: true, Layout: LayoutData,
 		Freshness: time.Minute, Complete: CompleteAlways, UID: 1, GID: 2, FileMode: 0o440, DirMode: 0o550, Inline: true,
 		Credentials: Credentials{"id", "secret", "token"}}
-	return Message{ID: 1, Verb: MountVolume, Version: 2, Role: RoleNode, UUID: "0-1", Mount: "v", Path: "/a b/c", Sub: "data",
+	return Message{ID: 1, Verb: MountVolume, Version: 2, Role: RoleNode, UUID: "0-1", Stage: Giving, Mount: "v", Path: "/a b/c", Sub: "data",
 		Target: "/", ReadOnly: true, Fresh: true, Node: 1 << 63, Backing: 3, Volume: &v,
 		List: []Mount{{VolumeID: "v", Path: "/a", Volume: v, Since: now, Served: true, Takeovers: 4, Socket: "s",
 			Worker: "u", WorkerPID: 5, WorkerSince: now, LongestStall: time.Second, Without: []string{"resend"}}},

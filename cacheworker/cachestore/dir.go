@@ -80,7 +80,7 @@ func (d dir) names(folder string) ([]string, error) {
 }
 
 // lock takes the directory for this process, waiting for another one to end. ask, unless nil, is
-// called once if there is one.
+// called once a second while there is one, at once for the first time.
 func (d dir) lock(ctx context.Context, wait time.Duration, ask func()) (*os.File, error) {
 	f, err := d.open(lockName, unix.O_RDWR|unix.O_CREAT, 0o600)
 	if err != nil {
@@ -90,7 +90,7 @@ func (d dir) lock(ctx context.Context, wait time.Duration, ask func()) (*os.File
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond) // the kernel gives no event for a lock with a deadline
 	defer tick.Stop()
-	for {
+	for asked := (time.Time{}); ; {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
 			return f, nil
@@ -99,9 +99,9 @@ func (d dir) lock(ctx context.Context, wait time.Duration, ask func()) (*os.File
 			f.Close()
 			return nil, fmt.Errorf("lock: %w", err)
 		}
-		if ask != nil {
+		if ask != nil && time.Since(asked) > time.Second {
 			ask()
-			ask = nil
+			asked = time.Now()
 			continue
 		}
 		select {

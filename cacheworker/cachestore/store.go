@@ -46,7 +46,7 @@ type Config struct {
 	BootID   string        // of the machine; "" reads /proc/sys/kernel/random/boot_id
 	Lock     *os.File      // from Await, and the store's from Open on, also when that fails; nil has Open take it
 	LockWait time.Duration // for another process that has the directory; 0 means 10 s
-	AskOwner func()        // called once if another process has the directory: it may ask that one to hand it over; may be nil
+	AskOwner func()        // called now and then while another process has the directory, to ask that one for it; may be nil
 	GrantTTL time.Duration // 0 means 24 h
 	Log      *slog.Logger  // nil means slog.Default()
 }

@@ -158,7 +158,7 @@ func (f *Fills) CompleteLater(obj object.Object, src source.Source) {
 	id := obj.ID()
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if _, ok := f.queued[id]; ok || f.closed || len(f.queue) >= maxQueue {
+	if _, ok := f.queued[id]; ok || f.closed || f.sealed || len(f.queue) >= maxQueue {
 		return
 	}
 	f.queued[id] = struct{}{}
@@ -167,6 +167,13 @@ func (f *Fills) CompleteLater(obj object.Object, src source.Source) {
 		f.workers++
 		f.wg.Go(f.completer)
 	}
+}
+
+// StopCompleting gives up what is queued to be completed, for good: the store is handed over.
+func (f *Fills) StopCompleting() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.queue, f.sealed = nil, true
 }
 
 // work completes objects until the queue is empty.

@@ -84,6 +84,7 @@ type Fills struct {
 
 	mu      sync.Mutex // guards everything below, and the chunks; never held across I/O
 	closed  bool
+	sealed  bool   // nothing is completed any more
 	gen     uint64 // counts chunks that were stored and left the map
 	chunks  map[chunkKey]*chunk
 	fetches map[*fetch]struct{}

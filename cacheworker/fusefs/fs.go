@@ -397,6 +397,10 @@ func (m *Mount) unregister(backing int32) {
 func (m *Mount) Evicted(id object.ID) {
 	var backings []int32
 	m.table.mu.Lock()
+	if m.table.foreign { // CatchUp will see it
+		m.table.mu.Unlock()
+		return
+	}
 	for _, n := range slices.Clone(m.table.backed[id]) {
 		n.file.evicted = true
 		backings = append(backings, m.retire(n))

@@ -6,11 +6,13 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/object"
 )
 
 const (
@@ -20,11 +22,11 @@ const (
 	notifyResend = 7 // FUSE_NOTIFY_RESEND
 )
 
-// Adopt serves a mount: device is its /dev/fuse, memfd its state, init the socket on which
-// the broker plays the kernel's INIT. fresh says that no worker served it before; otherwise
-// the node table is read from the memfd and the kernel is asked to deliver again what an
-// earlier worker did not answer. On success device and memfd are the mount's; init is
-// consumed in any case. Serve has to follow.
+// Adopt takes a mount: device is its /dev/fuse, memfd its state, init the socket on which the
+// broker plays the kernel's INIT. fresh says that no worker served it before; otherwise the
+// node table is read from the memfd, to which an earlier worker may still append: it may go on
+// serving until CatchUp is called. On success device and memfd are the mount's; init is
+// consumed in any case. CatchUp and Serve, or End, have to follow.
 func Adopt(cfg Config, device, memfd, init *os.File, fresh bool, uuid string) (_ *Served, err error) {
 	st, err := brokerwire.ReadState(memfd)
 	if err != nil {
@@ -32,7 +34,7 @@ func Adopt(cfg Config, device, memfd, init *os.File, fresh bool, uuid string) (_
 		return nil, err
 	}
 	m := newMount(cfg, memfd, uuid)
-	if !fresh {
+	if m.table.foreign = !fresh; !fresh {
 		if err := m.table.load(); err != nil {
 			init.Close()
 			return nil, err
@@ -94,11 +96,46 @@ type Served struct {
 	device *os.File
 	fresh  bool
 	once   sync.Once
+
+	serving atomic.Bool
+}
+
+// CatchUp makes the mount this worker's, whose earlier one has ended: it reads what that one has
+// noted since Adopt.
+func (s *Served) CatchUp() error {
+	t := s.table
+	t.mu.Lock()
+	if !t.foreign {
+		t.mu.Unlock()
+		return nil
+	}
+	if err := t.readOn(); err != nil {
+		t.mu.Unlock()
+		return err
+	}
+	t.foreign = false
+	var gone []object.ID // evicted since
+	for id := range t.backed {
+		if !s.data.Load().Peek(id).Exists {
+			gone = append(gone, id)
+		}
+	}
+	t.mu.Unlock()
+	for _, id := range gone {
+		s.Evicted(id)
+	}
+	s.later(func() {
+		for _, n := range t.sweep() {
+			s.letGo(n)
+		}
+	})
+	return nil
 }
 
 // Serve answers requests until the file system is unmounted everywhere, or the connection
-// aborted.
+// aborted. What an earlier worker has read and not answered the kernel delivers again.
 func (s *Served) Serve() {
+	s.serving.Store(true)
 	if !s.fresh && s.resend {
 		s.askAgain()
 	}
@@ -134,10 +171,13 @@ func (s *Served) askAgain() {
 	s.cfg.Counters.Resends.Add(1)
 }
 
-// End lets go of a mount that is unmounted.
+// End lets go of a mount that is unmounted, or was not served.
 func (s *Served) End() {
 	s.once.Do(func() {
 		s.finish()
+		if !s.serving.Load() { // else go-fuse closes it
+			unix.Close(s.fd)
+		}
 		s.table.mu.Lock()
 		defer s.table.mu.Unlock()
 		for _, n := range s.table.nodes {

@@ -99,6 +99,7 @@ type table struct {
 
 	log     *os.File
 	end     int64 // of the log
+	foreign bool  // an earlier worker may still append to it: this one must not
 	scratch []byte
 
 	limit      int64    // of end, where the log is to be compacted
@@ -343,47 +344,61 @@ func (t *table) append(b []byte) {
 	}
 }
 
-// load reads the log of an earlier worker.
+// load reads what an earlier worker logged: all of it, or what came after the last call.
 func (t *table) load() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	b, err := t.read()
+	return t.readOn()
+}
+
+// readOn is load with t.mu held.
+func (t *table) readOn() error {
+	b, err := t.read(t.end)
 	if err != nil {
 		return err
 	}
-	used := 0
 	for {
-		rec, body, size := nextRecord(b[used:])
+		rec, body, size := nextRecord(b)
 		if size == 0 {
-			break
+			return nil
 		}
 		t.replay(rec, body)
-		used += size
+		t.end += int64(size)
+		b = b[size:]
 	}
-	t.end = brokerwire.StateLog + int64(used)
-	t.sweep()
-	return nil
 }
 
-// read returns the log, with what may be behind its end.
-func (t *table) read() ([]byte, error) {
+// read returns the log from an offset on, with what may be behind its end.
+func (t *table) read(from int64) ([]byte, error) {
 	st, err := t.log.Stat()
 	if err != nil {
 		return nil, fmt.Errorf("node table: %w", err)
 	}
-	b := make([]byte, max(0, st.Size()-brokerwire.StateLog))
-	if _, err := t.log.ReadAt(b, brokerwire.StateLog); err != nil {
+	b := make([]byte, max(0, st.Size()-from))
+	if _, err := t.log.ReadAt(b, from); err != nil {
 		return nil, fmt.Errorf("node table: %w", err)
 	}
 	return b, nil
 }
 
-// sweep removes what nothing refers to: nodes that were forgotten, or never told to the
-// kernel. While the log is replayed they stay, because a record behind may refer to them again.
-func (t *table) sweep() {
-	for _, n := range slices.Collect(maps.Values(t.nodes)) {
-		t.drop(n)
+// sweep removes what nothing refers to, and returns the files of it: nodes that were forgotten, or never
+// told to the kernel. While the log is replayed they stay, because a record behind may refer to
+// them again.
+func (t *table) sweep() (files []*node) {
+	const atOnce = 1000 // then whoever waits for the table has it
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	seen := 0
+	for _, n := range t.nodes {
+		if t.drop(n) != nil && n.file != nil {
+			files = append(files, n)
+		}
+		if seen++; seen%atOnce == 0 {
+			t.mu.Unlock()
+			t.mu.Lock()
+		}
 	}
+	return files
 }
 
 // recall finds in the log what a node was that has gone: nil if it is not there any more.
@@ -394,7 +409,7 @@ func (t *table) recall(id uint64) *node {
 	if id < firstFree || id >= t.nextID || t.log == nil {
 		return nil
 	}
-	b, err := t.read()
+	b, err := t.read(brokerwire.StateLog)
 	if err != nil {
 		return nil
 	}

@@ -37,6 +37,7 @@ func loaded(t testing.TB, log *os.File) *table {
 	if err := n.load(); err != nil {
 		t.Fatal(err)
 	}
+	n.sweep()
 	return n
 }
 
@@ -230,6 +231,32 @@ func TestTheNextWorkerKnowsTheSameNodes(t *testing.T) {
 	if len(image(m.table)) == 0 {
 		t.Error("nothing was tested")
 	}
+}
+
+// A worker that is to take over reads on while the one before it still writes, however often, and
+// whatever is half written when it looks.
+func TestTheNextWorkerReadsOnWhileThisOneWrites(t *testing.T) {
+	m := newModel(t)
+	next := newTable(m.log, testStore, "set/")
+	for range 300 {
+		for range m.r.IntN(20) {
+			m.step()
+		}
+		torn := nodeRecord(nil, &node{id: m.nextID, parent: m.nodes[dataID], name: "torn", kind: dirKind})
+		if _, err := m.log.WriteAt(torn[:m.r.IntN(len(torn))], m.end); err != nil {
+			t.Fatal(err)
+		}
+		if err := next.load(); err != nil {
+			t.Fatal(err)
+		}
+		if next.end != m.end {
+			t.Fatalf("it has read up to %d, written is %d", next.end, m.end)
+		}
+		same(t, "read on", next, m.table)
+	}
+	next.sweep()
+	same(t, "swept", next, m.table)
+	same(t, "read at once", loaded(t, m.log), next)
 }
 
 func TestATornRecordAndWhatIsBehindItAreIgnored(t *testing.T) {

@@ -49,7 +49,8 @@ type testWorker struct {
 	ended   chan struct{}  // closed when the link has
 	serving sync.WaitGroup // Serve
 
-	mu        sync.Mutex // guards the fields below
+	mu        sync.Mutex         // guards the fields below
+	adopted   map[string]*Served // and not served
 	served    map[string]*Served
 	listeners []*os.File
 }
@@ -62,7 +63,7 @@ func (w *testWorker) connect(socket string, cfg cachestore.Config) (err error) {
 	}
 	w.fills = fill.New(fill.Config{Log: w.log}, w.store)
 	w.meta = metadata.New(metadata.Config{OnDenied: w.fills.Revoke, OnHead: w.store.Grant, Log: w.log})
-	w.served = map[string]*Served{}
+	w.adopted, w.served = map[string]*Served{}, map[string]*Served{}
 	w.store.OnEvict(func(id object.ID) {
 		for _, s := range w.all() {
 			s.Evicted(id)
@@ -135,6 +136,8 @@ func (w *testWorker) handle(ctx context.Context, m brokerwire.Message, files []*
 	switch m.Verb {
 	case brokerwire.Adopt:
 		err = w.adopt(m, files)
+	case brokerwire.Serve:
+		err = w.serve(m.Mount)
 	case brokerwire.Listen:
 		w.mu.Lock()
 		w.listeners = append(w.listeners, files...)
@@ -143,7 +146,11 @@ func (w *testWorker) handle(ctx context.Context, m brokerwire.Message, files []*
 	case brokerwire.Drop:
 		w.mu.Lock()
 		s := w.served[m.Mount]
+		if s == nil {
+			s = w.adopted[m.Mount]
+		}
 		delete(w.served, m.Mount)
+		delete(w.adopted, m.Mount)
 		brokerwire.CloseFiles(w.listeners) // a socket keeps the file system that it is bound in
 		w.listeners = nil
 		w.mu.Unlock()
@@ -180,11 +187,28 @@ func (w *testWorker) adopt(m brokerwire.Message, files []*os.File) error {
 		s.table.limit = brokerwire.StateLog + w.compact
 	}
 	w.mu.Lock()
-	w.served[m.Mount] = s
+	defer w.mu.Unlock()
+	w.adopted[m.Mount] = s
 	if len(files) == 4 {
 		w.listeners = append(w.listeners, files[3])
 		files[3] = nil
 	}
+	return nil
+}
+
+func (w *testWorker) serve(id string) error {
+	w.mu.Lock()
+	s := w.adopted[id]
+	delete(w.adopted, id)
+	w.mu.Unlock()
+	if s == nil {
+		return fmt.Errorf("volume %q is not adopted: %w", id, object.ErrNotFound)
+	}
+	if err := s.CatchUp(); err != nil {
+		return err
+	}
+	w.mu.Lock()
+	w.served[id] = s
 	w.mu.Unlock()
 	w.serving.Go(s.Serve)
 	return nil

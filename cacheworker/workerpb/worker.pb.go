@@ -24,6 +24,94 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type HandOverRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"` // the caller's name, if it has one; it is refused if it handed the directory to this worker
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HandOverRequest) Reset() {
+	*x = HandOverRequest{}
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HandOverRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HandOverRequest) ProtoMessage() {}
+
+func (x *HandOverRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HandOverRequest.ProtoReflect.Descriptor instead.
+func (*HandOverRequest) Descriptor() ([]byte, []int) {
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *HandOverRequest) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+type HandOverReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"` // the name of the worker that has answered
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HandOverReply) Reset() {
+	*x = HandOverReply{}
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HandOverReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HandOverReply) ProtoMessage() {}
+
+func (x *HandOverReply) ProtoReflect() protoreflect.Message {
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HandOverReply.ProtoReflect.Descriptor instead.
+func (*HandOverReply) Descriptor() ([]byte, []int) {
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *HandOverReply) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -32,7 +120,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[0]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -44,7 +132,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[0]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -57,7 +145,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{0}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{2}
 }
 
 // All counters count since the process started; the gauges say so in their comment.
@@ -92,7 +180,7 @@ type WorkerStatus struct {
 
 func (x *WorkerStatus) Reset() {
 	*x = WorkerStatus{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[1]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -104,7 +192,7 @@ func (x *WorkerStatus) String() string {
 func (*WorkerStatus) ProtoMessage() {}
 
 func (x *WorkerStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[1]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -117,7 +205,7 @@ func (x *WorkerStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkerStatus.ProtoReflect.Descriptor instead.
 func (*WorkerStatus) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{1}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *WorkerStatus) GetUuid() string {
@@ -290,7 +378,7 @@ type VolumeRequest struct {
 
 func (x *VolumeRequest) Reset() {
 	*x = VolumeRequest{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[2]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -302,7 +390,7 @@ func (x *VolumeRequest) String() string {
 func (*VolumeRequest) ProtoMessage() {}
 
 func (x *VolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[2]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -315,7 +403,7 @@ func (x *VolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRequest.ProtoReflect.Descriptor instead.
 func (*VolumeRequest) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{2}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *VolumeRequest) GetVolumeId() string {
@@ -343,7 +431,7 @@ type VolumeStatus struct {
 
 func (x *VolumeStatus) Reset() {
 	*x = VolumeStatus{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[3]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -355,7 +443,7 @@ func (x *VolumeStatus) String() string {
 func (*VolumeStatus) ProtoMessage() {}
 
 func (x *VolumeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[3]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -368,7 +456,7 @@ func (x *VolumeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeStatus.ProtoReflect.Descriptor instead.
 func (*VolumeStatus) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{3}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *VolumeStatus) GetVolumeId() string {
@@ -453,7 +541,7 @@ type Feature struct {
 
 func (x *Feature) Reset() {
 	*x = Feature{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[4]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -465,7 +553,7 @@ func (x *Feature) String() string {
 func (*Feature) ProtoMessage() {}
 
 func (x *Feature) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[4]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -478,7 +566,7 @@ func (x *Feature) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Feature.ProtoReflect.Descriptor instead.
 func (*Feature) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{4}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Feature) GetName() string {
@@ -511,7 +599,7 @@ type UsersRequest struct {
 
 func (x *UsersRequest) Reset() {
 	*x = UsersRequest{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[5]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -523,7 +611,7 @@ func (x *UsersRequest) String() string {
 func (*UsersRequest) ProtoMessage() {}
 
 func (x *UsersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[5]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -536,7 +624,7 @@ func (x *UsersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsersRequest.ProtoReflect.Descriptor instead.
 func (*UsersRequest) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{5}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *UsersRequest) GetVolumes() []*VolumeUsers {
@@ -556,7 +644,7 @@ type VolumeUsers struct {
 
 func (x *VolumeUsers) Reset() {
 	*x = VolumeUsers{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[6]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -568,7 +656,7 @@ func (x *VolumeUsers) String() string {
 func (*VolumeUsers) ProtoMessage() {}
 
 func (x *VolumeUsers) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[6]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -581,7 +669,7 @@ func (x *VolumeUsers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeUsers.ProtoReflect.Descriptor instead.
 func (*VolumeUsers) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{6}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *VolumeUsers) GetVolumeId() string {
@@ -610,7 +698,7 @@ type Pod struct {
 
 func (x *Pod) Reset() {
 	*x = Pod{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[7]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -622,7 +710,7 @@ func (x *Pod) String() string {
 func (*Pod) ProtoMessage() {}
 
 func (x *Pod) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[7]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -635,7 +723,7 @@ func (x *Pod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pod.ProtoReflect.Descriptor instead.
 func (*Pod) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{7}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Pod) GetNamespace() string {
@@ -667,7 +755,7 @@ type UsersReply struct {
 
 func (x *UsersReply) Reset() {
 	*x = UsersReply{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[8]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -679,7 +767,7 @@ func (x *UsersReply) String() string {
 func (*UsersReply) ProtoMessage() {}
 
 func (x *UsersReply) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[8]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -692,14 +780,18 @@ func (x *UsersReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsersReply.ProtoReflect.Descriptor instead.
 func (*UsersReply) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{8}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{10}
 }
 
 var File_cacheworker_workerpb_worker_proto protoreflect.FileDescriptor
 
 const file_cacheworker_workerpb_worker_proto_rawDesc = "" +
 	"\n" +
-	"!cacheworker/workerpb/worker.proto\x12\x10larder.worker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n" +
+	"!cacheworker/workerpb/worker.proto\x12\x10larder.worker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"-\n" +
+	"\x0fHandOverRequest\x12\x1a\n" +
+	"\binstance\x18\x01 \x01(\tR\binstance\"+\n" +
+	"\rHandOverReply\x12\x1a\n" +
+	"\binstance\x18\x01 \x01(\tR\binstance\"\x0f\n" +
 	"\rStatusRequest\"\xcb\x06\n" +
 	"\fWorkerStatus\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x18\n" +
@@ -759,11 +851,12 @@ const file_cacheworker_workerpb_worker_proto_rawDesc = "" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
 	"\x03uid\x18\x03 \x01(\tR\x03uid\"\f\n" +
 	"\n" +
-	"UsersReply2\xe5\x01\n" +
+	"UsersReply2\xb7\x02\n" +
 	"\x06Worker\x12I\n" +
 	"\x06Status\x12\x1f.larder.worker.v1.StatusRequest\x1a\x1e.larder.worker.v1.WorkerStatus\x12E\n" +
 	"\x05Users\x12\x1e.larder.worker.v1.UsersRequest\x1a\x1c.larder.worker.v1.UsersReply\x12I\n" +
-	"\x06Volume\x12\x1f.larder.worker.v1.VolumeRequest\x1a\x1e.larder.worker.v1.VolumeStatusB1Z/github.com/larderfs/larder/cacheworker/workerpbb\x06proto3"
+	"\x06Volume\x12\x1f.larder.worker.v1.VolumeRequest\x1a\x1e.larder.worker.v1.VolumeStatus\x12P\n" +
+	"\bHandOver\x12!.larder.worker.v1.HandOverRequest\x1a\x1f.larder.worker.v1.HandOverReply0\x01B1Z/github.com/larderfs/larder/cacheworker/workerpbb\x06proto3"
 
 var (
 	file_cacheworker_workerpb_worker_proto_rawDescOnce sync.Once
@@ -777,36 +870,40 @@ func file_cacheworker_workerpb_worker_proto_rawDescGZIP() []byte {
 	return file_cacheworker_workerpb_worker_proto_rawDescData
 }
 
-var file_cacheworker_workerpb_worker_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_cacheworker_workerpb_worker_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_cacheworker_workerpb_worker_proto_goTypes = []any{
-	(*StatusRequest)(nil),         // 0: larder.worker.v1.StatusRequest
-	(*WorkerStatus)(nil),          // 1: larder.worker.v1.WorkerStatus
-	(*VolumeRequest)(nil),         // 2: larder.worker.v1.VolumeRequest
-	(*VolumeStatus)(nil),          // 3: larder.worker.v1.VolumeStatus
-	(*Feature)(nil),               // 4: larder.worker.v1.Feature
-	(*UsersRequest)(nil),          // 5: larder.worker.v1.UsersRequest
-	(*VolumeUsers)(nil),           // 6: larder.worker.v1.VolumeUsers
-	(*Pod)(nil),                   // 7: larder.worker.v1.Pod
-	(*UsersReply)(nil),            // 8: larder.worker.v1.UsersReply
-	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
+	(*HandOverRequest)(nil),       // 0: larder.worker.v1.HandOverRequest
+	(*HandOverReply)(nil),         // 1: larder.worker.v1.HandOverReply
+	(*StatusRequest)(nil),         // 2: larder.worker.v1.StatusRequest
+	(*WorkerStatus)(nil),          // 3: larder.worker.v1.WorkerStatus
+	(*VolumeRequest)(nil),         // 4: larder.worker.v1.VolumeRequest
+	(*VolumeStatus)(nil),          // 5: larder.worker.v1.VolumeStatus
+	(*Feature)(nil),               // 6: larder.worker.v1.Feature
+	(*UsersRequest)(nil),          // 7: larder.worker.v1.UsersRequest
+	(*VolumeUsers)(nil),           // 8: larder.worker.v1.VolumeUsers
+	(*Pod)(nil),                   // 9: larder.worker.v1.Pod
+	(*UsersReply)(nil),            // 10: larder.worker.v1.UsersReply
+	(*timestamppb.Timestamp)(nil), // 11: google.protobuf.Timestamp
 }
 var file_cacheworker_workerpb_worker_proto_depIdxs = []int32{
-	9, // 0: larder.worker.v1.WorkerStatus.started:type_name -> google.protobuf.Timestamp
-	3, // 1: larder.worker.v1.WorkerStatus.volumes:type_name -> larder.worker.v1.VolumeStatus
-	4, // 2: larder.worker.v1.WorkerStatus.features:type_name -> larder.worker.v1.Feature
-	6, // 3: larder.worker.v1.UsersRequest.volumes:type_name -> larder.worker.v1.VolumeUsers
-	7, // 4: larder.worker.v1.VolumeUsers.pods:type_name -> larder.worker.v1.Pod
-	0, // 5: larder.worker.v1.Worker.Status:input_type -> larder.worker.v1.StatusRequest
-	5, // 6: larder.worker.v1.Worker.Users:input_type -> larder.worker.v1.UsersRequest
-	2, // 7: larder.worker.v1.Worker.Volume:input_type -> larder.worker.v1.VolumeRequest
-	1, // 8: larder.worker.v1.Worker.Status:output_type -> larder.worker.v1.WorkerStatus
-	8, // 9: larder.worker.v1.Worker.Users:output_type -> larder.worker.v1.UsersReply
-	3, // 10: larder.worker.v1.Worker.Volume:output_type -> larder.worker.v1.VolumeStatus
-	8, // [8:11] is the sub-list for method output_type
-	5, // [5:8] is the sub-list for method input_type
-	5, // [5:5] is the sub-list for extension type_name
-	5, // [5:5] is the sub-list for extension extendee
-	0, // [0:5] is the sub-list for field type_name
+	11, // 0: larder.worker.v1.WorkerStatus.started:type_name -> google.protobuf.Timestamp
+	5,  // 1: larder.worker.v1.WorkerStatus.volumes:type_name -> larder.worker.v1.VolumeStatus
+	6,  // 2: larder.worker.v1.WorkerStatus.features:type_name -> larder.worker.v1.Feature
+	8,  // 3: larder.worker.v1.UsersRequest.volumes:type_name -> larder.worker.v1.VolumeUsers
+	9,  // 4: larder.worker.v1.VolumeUsers.pods:type_name -> larder.worker.v1.Pod
+	2,  // 5: larder.worker.v1.Worker.Status:input_type -> larder.worker.v1.StatusRequest
+	7,  // 6: larder.worker.v1.Worker.Users:input_type -> larder.worker.v1.UsersRequest
+	4,  // 7: larder.worker.v1.Worker.Volume:input_type -> larder.worker.v1.VolumeRequest
+	0,  // 8: larder.worker.v1.Worker.HandOver:input_type -> larder.worker.v1.HandOverRequest
+	3,  // 9: larder.worker.v1.Worker.Status:output_type -> larder.worker.v1.WorkerStatus
+	10, // 10: larder.worker.v1.Worker.Users:output_type -> larder.worker.v1.UsersReply
+	5,  // 11: larder.worker.v1.Worker.Volume:output_type -> larder.worker.v1.VolumeStatus
+	1,  // 12: larder.worker.v1.Worker.HandOver:output_type -> larder.worker.v1.HandOverReply
+	9,  // [9:13] is the sub-list for method output_type
+	5,  // [5:9] is the sub-list for method input_type
+	5,  // [5:5] is the sub-list for extension type_name
+	5,  // [5:5] is the sub-list for extension extendee
+	0,  // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_cacheworker_workerpb_worker_proto_init() }
@@ -820,7 +917,7 @@ func file_cacheworker_workerpb_worker_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_cacheworker_workerpb_worker_proto_rawDesc), len(file_cacheworker_workerpb_worker_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

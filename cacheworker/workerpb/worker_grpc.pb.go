@@ -21,9 +21,10 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Worker_Status_FullMethodName = "/larder.worker.v1.Worker/Status"
-	Worker_Users_FullMethodName  = "/larder.worker.v1.Worker/Users"
-	Worker_Volume_FullMethodName = "/larder.worker.v1.Worker/Volume"
+	Worker_Status_FullMethodName   = "/larder.worker.v1.Worker/Status"
+	Worker_Users_FullMethodName    = "/larder.worker.v1.Worker/Users"
+	Worker_Volume_FullMethodName   = "/larder.worker.v1.Worker/Volume"
+	Worker_HandOver_FullMethodName = "/larder.worker.v1.Worker/HandOver"
 )
 
 // WorkerClient is the client API for Worker service.
@@ -37,6 +38,11 @@ type WorkerClient interface {
 	Users(ctx context.Context, in *UsersRequest, opts ...grpc.CallOption) (*UsersReply, error)
 	// Volume tells about one volume that is mounted here; NOT_FOUND for any other.
 	Volume(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*VolumeStatus, error)
+	// HandOver asks the worker to give its cache directory to the caller, another worker of the same
+	// user on the same run directory. It answers when the directory is free, serves its mounts
+	// until the caller is ready to, and ends. It also ends when the stream does before that: it
+	// cannot have the directory back.
+	HandOver(ctx context.Context, in *HandOverRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[HandOverReply], error)
 }
 
 type workerClient struct {
@@ -77,6 +83,25 @@ func (c *workerClient) Volume(ctx context.Context, in *VolumeRequest, opts ...gr
 	return out, nil
 }
 
+func (c *workerClient) HandOver(ctx context.Context, in *HandOverRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[HandOverReply], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Worker_ServiceDesc.Streams[0], Worker_HandOver_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[HandOverRequest, HandOverReply]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Worker_HandOverClient = grpc.ServerStreamingClient[HandOverReply]
+
 // WorkerServer is the server API for Worker service.
 // All implementations must embed UnimplementedWorkerServer
 // for forward compatibility.
@@ -88,6 +113,11 @@ type WorkerServer interface {
 	Users(context.Context, *UsersRequest) (*UsersReply, error)
 	// Volume tells about one volume that is mounted here; NOT_FOUND for any other.
 	Volume(context.Context, *VolumeRequest) (*VolumeStatus, error)
+	// HandOver asks the worker to give its cache directory to the caller, another worker of the same
+	// user on the same run directory. It answers when the directory is free, serves its mounts
+	// until the caller is ready to, and ends. It also ends when the stream does before that: it
+	// cannot have the directory back.
+	HandOver(*HandOverRequest, grpc.ServerStreamingServer[HandOverReply]) error
 	mustEmbedUnimplementedWorkerServer()
 }
 
@@ -106,6 +136,9 @@ func (UnimplementedWorkerServer) Users(context.Context, *UsersRequest) (*UsersRe
 }
 func (UnimplementedWorkerServer) Volume(context.Context, *VolumeRequest) (*VolumeStatus, error) {
 	return nil, status.Error(codes.Unimplemented, "method Volume not implemented")
+}
+func (UnimplementedWorkerServer) HandOver(*HandOverRequest, grpc.ServerStreamingServer[HandOverReply]) error {
+	return status.Error(codes.Unimplemented, "method HandOver not implemented")
 }
 func (UnimplementedWorkerServer) mustEmbedUnimplementedWorkerServer() {}
 func (UnimplementedWorkerServer) testEmbeddedByValue()                {}
@@ -182,6 +215,17 @@ func _Worker_Volume_Handler(srv interface{}, ctx context.Context, dec func(inter
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Worker_HandOver_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(HandOverRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(WorkerServer).HandOver(m, &grpc.GenericServerStream[HandOverRequest, HandOverReply]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Worker_HandOverServer = grpc.ServerStreamingServer[HandOverReply]
+
 // Worker_ServiceDesc is the grpc.ServiceDesc for Worker service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -202,6 +246,12 @@ var Worker_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Worker_Volume_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "HandOver",
+			Handler:       _Worker_HandOver_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "cacheworker/workerpb/worker.proto",
 }

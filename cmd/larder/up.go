@@ -9,7 +9,9 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"syscall"
 	"time"
@@ -46,6 +48,7 @@ type up struct {
 
 	log     *slog.Logger
 	hurried context.Context // done after a second signal
+	upgrade chan os.Signal  // tells to replace the worker
 	held    *os.File        // the lock; the children inherit it
 }
 
@@ -57,7 +60,8 @@ func upCommand() *cobra.Command {
   DIR/csi.sock   CSI identity, controller and node service
   DIR/cache      the cache (--tier)
 
-It needs root, Linux, and nothing else. SIGTERM stops in order and leaves no mount; a second one hurries.`,
+It needs root, Linux, and nothing else. SIGTERM stops in order and leaves no mount; a second one hurries.
+SIGHUP replaces the worker by one from the binary that is on disk now; readers do not notice.`,
 		func(f *pflag.FlagSet) {
 			f.StringVar(&u.dir, "dir", "/var/lib/larder", "`directory` of everything")
 			f.Var(&u.tier, "tier", "cache directory and its capacity (default DIR/cache:10GiB)")
@@ -71,7 +75,9 @@ It needs root, Linux, and nothing else. SIGTERM stops in order and leaves no mou
 			featureFlags(f, &u.features)
 		},
 		func(ctx context.Context, log *slog.Logger) error {
-			u.log, u.hurried = log, hurry(ctx)
+			u.log, u.hurried, u.upgrade = log, hurry(ctx), make(chan os.Signal, 1)
+			signal.Notify(u.upgrade, syscall.SIGHUP)
+			defer signal.Stop(u.upgrade)
 			return u.run(ctx)
 		})
 }
@@ -276,7 +282,7 @@ func (u *up) runCSI(ctx context.Context) error {
 }
 
 func (u *up) runBroker(ctx context.Context) error {
-	return u.keep(ctx, "broker", nil, "broker", "--run-dir", u.runDir(), "--tier-dir", u.tier.dir, "--view", u.view(),
+	return u.keep(ctx, "broker", nil, nil, "broker", "--run-dir", u.runDir(), "--tier-dir", u.tier.dir, "--view", u.view(),
 		"--worker-uid", fmt.Sprint(u.workerUID), "--mount-source", u.source(), "--takeover-deadline", u.deadline.String(),
 		"--metrics-listen", u.metricsSocket("broker"), "--unmount-at-exit")
 }
@@ -309,7 +315,7 @@ func (u *up) runWorker(ctx context.Context) error {
 			args = append(args, flag)
 		}
 	}
-	return u.keep(ctx, "worker", dirs, args...)
+	return u.keep(ctx, "worker", u.upgrade, dirs, args...)
 }
 
 func (u *up) awaitBroker(ctx context.Context) error {
@@ -327,23 +333,67 @@ func (u *up) awaitBroker(ctx context.Context) error {
 }
 
 // keep runs a child and runs it again when it dies, until ctx ends; then it is sent SIGTERM.
-func (u *up) keep(ctx context.Context, name string, dirs []string, args ...string) error {
-	for wait := minRestart; ctx.Err() == nil; wait = min(max(2*wait, minRestart), maxRestart) {
-		start := time.Now()
-		err := u.child(ctx, dirs, args)
-		if ctx.Err() != nil {
-			return u.stopped(name, err)
-		}
-		if time.Since(start) > steady {
-			wait = 0
-		}
-		u.log.Error("child died; it is started again", "child", name, "err", err, "after", wait)
+// upgrade, unless nil, has it replaced.
+func (u *up) keep(ctx context.Context, name string, upgrade <-chan os.Signal, dirs []string, args ...string) error {
+	run := func(binary *os.File) <-chan error {
+		ended := make(chan error, 1)
+		go func() { ended <- u.child(ctx, binary, dirs, args) }()
+		return ended
+	}
+	var binary *os.File // nil is this process's own
+	wait := minRestart
+	start, ended := time.Now(), run(binary)
+	for {
 		select {
-		case <-ctx.Done():
-		case <-time.After(wait):
+		case <-upgrade:
+			binary, ended = u.replace(binary, ended, run)
+			start = time.Now()
+		case err := <-ended:
+			if ctx.Err() != nil {
+				return u.stopped(name, err)
+			}
+			if time.Since(start) > steady {
+				wait = 0
+			}
+			u.log.Error("child died; it is started again", "child", name, "err", err, "after", wait)
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(wait):
+			}
+			wait = min(max(2*wait, minRestart), maxRestart)
+			start, ended = time.Now(), run(binary)
 		}
 	}
-	return nil
+}
+
+// replace starts a worker from the binary on disk beside the one that runs, which hands over and
+// ends. It returns what runs then: if the new one ends first, the old one, or its next start.
+func (u *up) replace(old *os.File, ended <-chan error, run func(*os.File) <-chan error) (*os.File, <-chan error) {
+	path, err := os.Executable()
+	var binary *os.File
+	if err == nil {
+		binary, err = os.Open(path)
+	}
+	if err != nil {
+		u.log.Error("replace the worker", "err", err)
+		return old, ended
+	}
+	u.log.Info("replacing the worker", "binary", path)
+	next := run(binary)
+	select {
+	case err := <-next:
+		u.log.Error("the new worker ended; the old one stays", "err", err)
+		binary.Close()
+		return old, ended
+	case err := <-ended:
+		if err != nil { // not handed over: the new one takes over, but has not shown that it can
+			u.log.Error("the old worker died", "err", err)
+			return old, next
+		}
+		old.Close()
+		return binary, next
+	}
 }
 
 // stopped is how a child ended that was told to.
@@ -363,8 +413,7 @@ const (
 
 // child runs one process to its end. It holds one end of a pipe, so that it ends when this
 // process is killed.
-func (u *up) child(ctx context.Context, dirs, args []string) error {
-	const self = "/proc/self/exe" // reached whatever the worker's rights on the binary's folder
+func (u *up) child(ctx context.Context, binary *os.File, dirs, args []string) error {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err
@@ -372,11 +421,7 @@ func (u *up) child(ctx context.Context, dirs, args []string) error {
 	defer w.Close()
 	defer r.Close()
 	files := []*os.File{r, u.held}
-	defer func() {
-		for _, f := range files[2:] {
-			f.Close()
-		}
-	}()
+	defer func() { brokerwire.CloseFiles(files[2:]) }()
 	for _, d := range dirs {
 		f, err := os.OpenFile(d, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		if err != nil {
@@ -384,8 +429,15 @@ func (u *up) child(ctx context.Context, dirs, args []string) error {
 		}
 		files = append(files, f)
 	}
-	cmd := exec.CommandContext(ctx, self, append(args, "--lifeline-fd", "3")...)
+	self := "/proc/self/exe" // by descriptor, hence reached whatever the worker's rights on the binary's folder
+	if binary != nil {
+		self = fmt.Sprintf("/proc/self/fd/%d", 3+len(files))
+	}
+	cmd := exec.CommandContext(ctx, self, slices.Concat(args, []string{"--lifeline-fd", "3"})...)
 	cmd.Stderr, cmd.ExtraFiles = os.Stderr, files
+	if binary != nil {
+		cmd.ExtraFiles = append(slices.Clip(files), binary)
+	}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = stopWait
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a Ctrl-C at the terminal is for the parent, which stops them in order

@@ -77,7 +77,7 @@ func replace(m *takeover.Mount, files []*os.File) error {
 	if len(files) != 1 {
 		return fmt.Errorf("replace: one descriptor is needed, not %d: %w", len(files), object.ErrInvalid)
 	}
-	if err := m.Record.Replace(files[0]); err != nil {
+	if err := m.Replace(files[0]); err != nil {
 		return err
 	}
 	files[0] = nil

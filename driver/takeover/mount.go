@@ -23,7 +23,8 @@ type Mount struct {
 	Device *os.File // /dev/fuse
 	Record *brokerwire.Record
 
-	adopting sync.Mutex // one adoption at a time; held across calls to the worker
+	adopting sync.Mutex // one adoption at a time; held across calls to the worker; guards fed
+	fed      *fed       // the last adoption; nil if it failed
 	binding  sync.Mutex // one ensureSocket at a time; held until a worker has answered. Taken without adopting
 	gone     atomic.Bool
 
@@ -102,20 +103,58 @@ func (ms *Mounts) Serve(ctx context.Context, m *Mount, s *brokerwire.Session) er
 	return ms.ensureSocket(ctx, m, s)
 }
 
-// adopt feeds a worker: it plays the kernel's INIT to it, sends it the descriptors, and checks that
-// it answered as the first one did, whose answer goes to the kernel.
+// fed is what a worker was given of a mount.
+type fed struct {
+	worker   *brokerwire.Session
+	listener *os.File
+}
+
+// adopt has a worker serve a mount, after it was fed. No other may serve it any more.
 func (ms *Mounts) adopt(ctx context.Context, m *Mount, s *brokerwire.Session) error {
 	m.adopting.Lock()
 	defer m.adopting.Unlock()
 	m.mu.Lock()
-	done, listener := m.server == s, m.listener
+	done := m.server == s
 	m.mu.Unlock()
 	if done {
 		return nil
 	}
+	fresh := !m.Record.State().Negotiated()
+	if err := ms.feed(ctx, m, s); err != nil {
+		return err
+	}
+	if _, _, err := s.Call(ctx, brokerwire.Message{Verb: brokerwire.Serve, Mount: m.ID}); err != nil {
+		m.fed = nil
+		return err
+	}
+	m.mu.Lock()
+	stall := m.takenBy(s)
+	if m.listener != nil && m.listener == m.fed.listener {
+		m.heard = s
+	}
+	m.mu.Unlock()
+	if !ms.IsWorker(s) { // it has gone meanwhile, and Leave did not find the mount
+		ms.Leave(s)
+	}
+	if fresh {
+		return nil
+	}
+	return ms.tookOver(m, s, stall)
+}
+
+// feed plays the kernel's INIT to a worker, sends it the descriptors, and checks that it answered as
+// the first one did, whose answer goes to the kernel. Then the worker is ready to serve. Requires m.adopting.
+func (ms *Mounts) feed(ctx context.Context, m *Mount, s *brokerwire.Session) error {
 	if m.gone.Load() {
 		return fmt.Errorf("volume %q has gone: %w", m.ID, object.ErrNotFound)
 	}
+	if m.fed != nil && m.fed.worker == s {
+		return nil
+	}
+	m.fed = nil
+	m.mu.Lock()
+	listener := m.listener
+	m.mu.Unlock()
 	st := m.Record.State()
 	init, err := st.Ask()
 	if err != nil {
@@ -138,19 +177,22 @@ func (ms *Mounts) adopt(ctx context.Context, m *Mount, s *brokerwire.Session) er
 		s.Call(ctx, brokerwire.Message{Verb: brokerwire.Drop, Mount: m.ID}) // its error is of no use: ours is returned
 		return err
 	}
+	m.fed = &fed{s, listener}
+	return nil
+}
+
+// Replace takes a compacted memfd from the worker, unless an heir has been given the one before. f
+// is the mount's unless there is an error.
+func (m *Mount) Replace(f *os.File) error {
+	m.adopting.Lock()
+	defer m.adopting.Unlock()
 	m.mu.Lock()
-	stall := m.takenBy(s)
-	if listener == m.listener && listener != nil {
-		m.heard = s
-	}
+	server := m.server
 	m.mu.Unlock()
-	if !ms.IsWorker(s) { // it has gone meanwhile, and Leave did not find the mount
-		ms.Leave(s)
+	if m.fed != nil && m.fed.worker != server {
+		return fmt.Errorf("volume %q is being handed over: %w", m.ID, object.ErrBusy)
 	}
-	if fresh {
-		return nil
-	}
-	return ms.tookOver(m, s, stall)
+	return m.Record.Replace(f)
 }
 
 // answer gives the kernel the first worker's answer to INIT.

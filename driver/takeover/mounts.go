@@ -16,6 +16,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/driver/mounttable"
@@ -23,6 +25,7 @@ import (
 
 const (
 	adoptTimeout = 30 * time.Second // for a worker to answer INIT and check its source
+	yieldTimeout = 10 * time.Second // for a worker to end when its heir is ready
 	dropTimeout  = 2 * time.Second  // for a worker to let go; one that is stopped must not keep an unmount waiting
 	guardEvery   = 100 * time.Millisecond
 )
@@ -47,10 +50,12 @@ type Mounts struct {
 	tasks    sync.WaitGroup // hand-overs and guards under way
 	stopping chan struct{}  // closed by Close
 
-	mu     sync.Mutex        // guards the fields below; never held across a call to the worker
-	held   map[string]*Mount // by volume
-	worker *brokerwire.Session
-	came   chan struct{} // closed when a worker comes; then replaced
+	mu      sync.Mutex        // guards the fields below; never held across a call to the worker
+	held    map[string]*Mount // by volume
+	worker  *brokerwire.Session
+	heir    *brokerwire.Session // has the cache directory, and becomes the worker when that one ends
+	settled *brokerwire.Session // the worker, once it has given back all that it held
+	came    chan struct{}       // closed when a worker comes; then replaced
 	observed
 }
 
@@ -68,22 +73,102 @@ func (ms *Mounts) Close() {
 	}
 }
 
-// Welcome makes s the worker. One that is still connected is replaced: it is dead, or hands over.
-func (ms *Mounts) Welcome(s *brokerwire.Session) {
+// Welcome makes s the worker, or its heir. A worker that is still connected and hands nothing
+// over is replaced: it is dead.
+func (ms *Mounts) Welcome(s *brokerwire.Session) error {
 	ms.mu.Lock()
 	old := ms.worker
-	ms.worker = s
-	close(ms.came)
-	ms.came = make(chan struct{})
+	switch {
+	case s.Stage == brokerwire.Giving && old != nil:
+		ms.mu.Unlock()
+		return fmt.Errorf("the next worker serves already: %w", brokerwire.ErrExists)
+	case s.Stage == brokerwire.Taking && (old == nil || ms.settled != old || ms.heir != nil):
+		ms.mu.Unlock() // it may be about to give back what nobody else holds
+		return fmt.Errorf("the worker that hands over is not here: %w", object.ErrUnavailable)
+	case s.Stage == brokerwire.Taking:
+		ms.heir = s
+		ms.mu.Unlock()
+		ms.tasks.Go(func() { ms.succeed(old, s) })
+		return nil
+	}
+	heir := ms.heir
+	ms.promote(s)
 	ms.mu.Unlock()
+	if heir != nil {
+		heir.Close()
+	}
 	if old != nil {
 		old.Close()
 		ms.Leave(old)
 	}
+	ms.begin(s)
+	return nil
+}
+
+// promote makes s the worker; nil is none. Requires ms.mu.
+func (ms *Mounts) promote(s *brokerwire.Session) {
+	ms.worker, ms.heir = s, nil
+	if s != nil {
+		close(ms.came)
+		ms.came = make(chan struct{})
+	}
+}
+
+// begin has the worker serve all mounts.
+func (ms *Mounts) begin(s *brokerwire.Session) {
 	held := ms.All()
 	ms.cfg.Log.Info("worker connected", "uuid", s.UUID, "pid", s.PID, "mounts", len(held))
 	for _, m := range held {
 		ms.HandOver(m, s)
+	}
+}
+
+// Settled notes that a worker has given back all that it held.
+func (ms *Mounts) Settled(s *brokerwire.Session) {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	ms.settled = s
+}
+
+// succeed has the heir of a worker adopt all mounts, and that one end; then [Mounts.Leave] makes the heir
+// the worker. An heir that cannot have every mount gets none: it has to end, whereupon the worker does.
+func (ms *Mounts) succeed(old, heir *brokerwire.Session) {
+	ctx, cancel := context.WithTimeout(context.Background(), adoptTimeout)
+	defer cancel()
+	held := ms.All()
+	ms.cfg.Log.Info("heir connected", "uuid", heir.UUID, "pid", heir.PID, "of", old.PID, "mounts", len(held))
+	var feeding errgroup.Group
+	for _, m := range held {
+		feeding.Go(func() error {
+			m.adopting.Lock()
+			defer m.adopting.Unlock()
+			if err := ms.feed(ctx, m, heir); err != nil && !m.gone.Load() {
+				return fmt.Errorf("volume %q: %w", m.ID, err)
+			}
+			return nil
+		})
+	}
+	err := feeding.Wait()
+	ms.mu.Lock()
+	waiting, came := ms.heir == heir, ms.came
+	ms.mu.Unlock()
+	switch {
+	case !waiting: // it is the worker already, because the old one died, or has died itself
+		return
+	case err != nil:
+		ms.cfg.Log.Error("the heir cannot take over", "pid", heir.PID, "err", err)
+		heir.Call(ctx, brokerwire.Message{Verb: brokerwire.Yield, Text: err.Error()}) // it answers by ending
+		return
+	}
+	old.Call(ctx, brokerwire.Message{Verb: brokerwire.Yield}) // so does this
+	t := time.NewTimer(yieldTimeout)
+	defer t.Stop()
+	select {
+	case <-came:
+	case <-ms.stopping:
+	case <-t.C:
+		ms.cfg.Log.Error("the worker does not end for its heir", "pid", old.PID)
+		old.Close()
 	}
 }
 
@@ -100,9 +185,16 @@ func (ms *Mounts) HandOver(m *Mount, s *brokerwire.Session) {
 
 // Leave lets the mounts of a worker that has gone wait for the next one. It may be called again.
 func (ms *Mounts) Leave(s *brokerwire.Session) {
+	var next *brokerwire.Session
 	ms.mu.Lock()
-	if ms.worker == s { // first: see adopt
-		ms.worker = nil
+	switch s {
+	case ms.heir:
+		ms.heir = nil
+		ms.cfg.Log.Warn("heir disconnected", "uuid", s.UUID, "pid", s.PID)
+	case ms.worker: // first: see adopt
+		next = ms.heir
+		ms.promote(next)
+		ms.settled = next // it had nothing to give back
 		ms.cfg.Log.Info("worker disconnected", "uuid", s.UUID, "pid", s.PID, "mounts", len(ms.held))
 	}
 	ms.mu.Unlock()
@@ -110,6 +202,9 @@ func (ms *Mounts) Leave(s *brokerwire.Session) {
 		if lost, ok := m.orphaned(s); ok {
 			ms.tasks.Go(func() { ms.guard(m, lost) })
 		}
+	}
+	if next != nil {
+		ms.begin(next)
 	}
 }
 
@@ -120,13 +215,13 @@ func (ms *Mounts) IsWorker(s *brokerwire.Session) bool {
 	return ms.worker == s
 }
 
-// Worker is the worker; it waits for one until ctx ends.
+// Worker is the worker; it waits for one, and for the end of a hand-over, until ctx ends.
 func (ms *Mounts) Worker(ctx context.Context) (*brokerwire.Session, error) {
 	for {
 		ms.mu.Lock()
-		s, came := ms.worker, ms.came
+		s, came, heir := ms.worker, ms.came, ms.heir
 		ms.mu.Unlock()
-		if s != nil {
+		if s != nil && heir == nil {
 			return s, nil
 		}
 		select {
