@@ -107,9 +107,13 @@ func (h *podHealth) run(ctx context.Context) error {
 	}
 	tick := time.NewTicker(healthInterval)
 	defer tick.Stop()
-	for {
-		if err := h.look(ctx); err != nil && ctx.Err() == nil {
-			h.log.Warn("look after the health of volumes", "err", err)
+	for told := ""; ; {
+		err := h.look(ctx)
+		if err == nil {
+			told = ""
+		} else if ctx.Err() == nil && err.Error() != told {
+			told = err.Error()
+			h.log.Warn("look after the health of volumes; it will be tried again", "err", err)
 		}
 		select {
 		case <-ctx.Done():

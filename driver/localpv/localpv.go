@@ -74,7 +74,8 @@ type Controller struct {
 
 	mu    sync.Mutex // guards the fields below; never held across a call
 	world world
-	ended bool // see Withdraw
+	ended bool   // see Withdraw
+	stop  func() // ends the watches; nil before Run
 
 	// What only the round under way touches.
 	made    map[string]offer     // that were created and have not come back by the watch
@@ -120,7 +121,12 @@ const (
 
 // Run keeps the slots until ctx ends. They stay then: pods use them.
 func (c *Controller) Run(ctx context.Context) error {
-	g, ctx := errgroup.WithContext(ctx)
+	g, all := errgroup.WithContext(ctx)
+	ctx, cancel := context.WithCancel(all)
+	defer cancel()
+	c.mu.Lock()
+	c.stop = cancel
+	c.mu.Unlock()
 	g.Go(func() error {
 		one := metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector("metadata.name", c.configMap).String()}
 		c.cluster.ConfigMaps(c.namespace).Follow(ctx, one, func(l []*corev1.ConfigMap) { c.learn(func(w *world) { w.configMaps = &l }) })
@@ -135,7 +141,7 @@ func (c *Controller) Run(ctx context.Context) error {
 		c.cluster.PersistentVolumes().Follow(ctx, ours, func(l []*corev1.PersistentVolume) { c.learn(func(w *world) { w.volumes = &l }) })
 		return nil
 	})
-	g.Go(func() error { c.keep(ctx); return nil })
+	g.Go(func() error { c.keep(all); return nil })
 	return g.Wait()
 }
 
@@ -144,6 +150,15 @@ func (c *Controller) learn(change func(*world)) {
 	change(&c.world)
 	c.mu.Unlock()
 	c.Wake()
+}
+
+// unwatch is for who has lost the right to: client-go would ask, and log, for ever.
+func (c *Controller) unwatch() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.stop != nil {
+		c.stop()
+	}
 }
 
 // Wake has everything looked at now.

@@ -138,16 +138,25 @@ func (r *round) retire(ctx context.Context, s slot) error {
 func (r *round) leave(ctx context.Context, s slot) error {
 	var err error
 	if s.pv.DeletionTimestamp == nil && (released(s.pv) || !taken(s.pv)) {
-		err = ignoreGone(r.cluster.PersistentVolumes().Delete(ctx, s.pv))
+		err = r.cluster.PersistentVolumes().Delete(ctx, s.pv)
+	} else {
+		_, err = r.cluster.PersistentVolumes().Get(ctx, s.name)
 	}
-	if refused(err) {
+	if r.refused(err) {
 		err = nil
 	}
 	_, rerr := r.remove(ctx, s.name)
-	return errors.Join(err, rerr)
+	return errors.Join(ignoreGone(err), rerr)
 }
 
-func refused(err error) bool { return apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err) }
+// refused reports whether our rights have been taken from us because Larder is being uninstalled.
+func (r *round) refused(err error) bool {
+	if !r.ended || !apierrors.IsForbidden(err) && !apierrors.IsUnauthorized(err) {
+		return false
+	}
+	r.unwatch()
+	return true
+}
 
 func ignoreGone(err error) error {
 	if apierrors.IsNotFound(err) || apierrors.IsConflict(err) { // what it is now is about to be seen
@@ -377,7 +386,7 @@ func (r *round) clearAway(ctx context.Context) error {
 		if err == nil { // the watch will tell
 			continue
 		}
-		if apierrors.IsNotFound(err) || r.ended && refused(err) {
+		if apierrors.IsNotFound(err) || r.refused(err) {
 			_, err = r.remove(ctx, name)
 		}
 		if err != nil {
