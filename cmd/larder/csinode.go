@@ -126,11 +126,12 @@ type nodeParts struct {
 	kube         *kube.Client          // nil outside of a cluster
 	local        *localpv.Controller   // nil without --local-datasets
 	self         *grpc.ClientConn      // to our own CSI socket
+	leaving      func()                // tells the worker that nobody follows
 	seen         atomic.Bool           // the DaemonSet could be asked for, and was there
 }
 
 func (n *csiNode) newParts(br *broker.Broker) (p *nodeParts, err error) {
-	p = &nodeParts{csiNode: n, collect: br.Mounts()}
+	p = &nodeParts{csiNode: n, collect: br.Mounts(), leaving: br.Leaving}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.close())
@@ -244,17 +245,17 @@ func (p *nodeParts) untaint(ctx context.Context) {
 const retry = 250 * time.Millisecond
 
 // until asks again and again until the answer is nil or ctx ends; then its error is returned. What is
-// in the way is told once.
+// in the way is told now and then.
 func (n *csiNode) until(ctx context.Context, what string, check func(context.Context) error) error {
-	told := ""
+	var told time.Time
 	for {
 		err := check(ctx)
 		if err == nil {
 			return nil
 		}
-		if ctx.Err() == nil && err.Error() != told {
-			told = err.Error()
-			n.log.Info("waiting until "+what, "now", told)
+		if ctx.Err() == nil && time.Since(told) >= time.Minute {
+			told = time.Now()
+			n.log.Info("waiting until "+what, "now", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -281,6 +282,7 @@ func (p *nodeParts) finish(ctx context.Context) {
 		return
 	}
 	p.log.Info("larder is being uninstalled: the node plugin stays until no volume is in use")
+	p.leaving()
 	if p.local != nil {
 		p.local.Withdraw()
 	}

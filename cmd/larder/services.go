@@ -95,6 +95,7 @@ func workerCommand() *cobra.Command {
 		memory      size
 		readOnlyDir string
 		tierWait    time.Duration
+		linger      time.Duration
 		socketDir   string
 		parameters  map[string]string
 	)
@@ -103,6 +104,7 @@ func workerCommand() *cobra.Command {
 and shares them. It may be stopped, killed and upgraded at any time; readers wait for the next one.`,
 		func(f *pflag.FlagSet) {
 			f.Var(&t, "tier", "cache directory and its capacity")
+			f.DurationVar(&linger, "linger", 0, "how long, when told to stop, to ask the broker whether Larder is being uninstalled: then volumes in use are waited for")
 			f.StringVar(&socketDir, "socket-dir", "", "be a pod's sidecar: serve the volume of --parameter by a socket in this `directory`, without a broker and without a mount")
 			f.StringToStringVar(&parameters, "parameter", nil, "parameter of that volume, as in a StorageClass (repeated): source=s3://bucket/prefix")
 			f.DurationVar(&tierWait, "tier-wait", 0, "how long to wait for the node plugin to give the tier to this user")
@@ -112,7 +114,6 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 			f.Var(&memory, "memory", "bytes that this process may use (default nine tenths of its cgroup's limit)")
 			f.StringVar(&run, "run-dir", "/run/larder", "`directory` of the sockets that worker, broker and node service share")
 			f.StringVar(&c.Node, "node-name", hostname(), "`name` of this node")
-			f.StringVar(&c.Instance, "instance", "", "`name`, of its pod say, by which a worker that took the cache over knows the one that it has it from, and does not give it back")
 			f.StringVar(&c.Master, "master", "", "`address` of the master: unix:///path or host:port, several with commas between; empty for none")
 			f.StringVar(&c.Listen, "listen", "", "TCP `address` where masters ask what is cached: host:port; empty for none")
 			f.StringVar(&c.Advertise, "advertise", "", "IP `address` at which masters reach that (default that of --listen, or the one towards the master)")
@@ -137,7 +138,13 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 			if err := awaitTier(ctx, t.dir, tierWait, log); err != nil || ctx.Err() != nil {
 				return err
 			}
-			return w.Run(ctx)
+			if linger == 0 {
+				return w.Run(ctx)
+			}
+			life, end := context.WithCancel(context.WithoutCancel(ctx))
+			defer end()
+			defer context.AfterFunc(ctx, func() { w.Linger(hurry(ctx), linger); end() })()
+			return w.Run(life)
 		})
 	cmd.AddCommand(workerListCommand())
 	return cmd

@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -71,6 +72,7 @@ type Broker struct {
 	dev      uint64 // st_dev of the tier
 	held     *takeover.Mounts
 	mounting sync.Mutex // one mount or unmount at a time; held across both
+	leaving  atomic.Bool
 }
 
 // New checks the configuration. Nothing is mounted before Run.
@@ -94,6 +96,10 @@ func New(cfg Config) (*Broker, error) {
 	})
 	return b, nil
 }
+
+// Leaving has the worker told that no other broker will come, and no other worker: it stays until no
+// volume is in use.
+func (b *Broker) Leaving() { b.leaving.Store(true) }
 
 // Mounts are those that it holds.
 func (b *Broker) Mounts() *takeover.Mounts { return b.held }
@@ -127,11 +133,10 @@ func (b *Broker) admit(uid uint32, role brokerwire.Role) bool {
 	return role == brokerwire.RoleNode && uid == uint32(os.Getuid()) || role == brokerwire.RoleWorker && uid == b.cfg.WorkerUID
 }
 
-func (b *Broker) came(s *brokerwire.Session) error {
+func (b *Broker) came(s *brokerwire.Session) {
 	if s.Role == brokerwire.RoleWorker {
-		return b.held.Welcome(s)
+		b.held.Welcome(s)
 	}
-	return nil
 }
 
 // handle does what a peer asks, of whose role it is.
@@ -145,11 +150,10 @@ func (b *Broker) handle(ctx context.Context, s *brokerwire.Session, in brokerwir
 	case brokerwire.Unmount:
 		return r, b.unmount(ctx, in.Path)
 	case brokerwire.Mounts:
-		return brokerwire.Message{List: b.held.List(), PID: os.Getpid()}, nil
+		return brokerwire.Message{List: b.held.List(), PID: os.Getpid(), Leaving: b.leaving.Load()}, nil
 	case brokerwire.Give:
 		return r, b.takeBack(s, in, files)
 	case brokerwire.Given:
-		b.held.Settled(s)
 		return r, b.reconcile()
 	}
 	m, err := b.held.Lookup(in.Mount)
