@@ -54,6 +54,8 @@ type Config struct {
 	FileRoot     string // below it are file:// sources; "" for none
 	FileRootPath string // how to open FileRoot, if not by its name
 
+	Instance string // tells it from other workers that get the same TierDir; "" for none
+
 	Features Features
 	Alone    *Alone // nil serves mounts
 	Version  string
@@ -122,6 +124,7 @@ type Worker struct {
 	mounts   *mounts
 	network  network
 	users    *users
+	handover
 }
 
 // New checks the configuration.
@@ -129,15 +132,41 @@ func New(cfg Config) (*Worker, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	return &Worker{cfg: cfg, log: cfg.Log, started: time.Now(), users: newUsers()}, nil
+	return &Worker{cfg: cfg, log: cfg.Log, started: time.Now(), users: newUsers(), handover: newHandover()}, nil
 }
 
 // Run serves until ctx ends. It leaves the mounts to the broker: their readers wait for the
 // next worker.
-func (w *Worker) Run(ctx context.Context) (err error) {
+//
+// When the next worker is ready already it returns at once, with everything still going on: the process
+// has to end then. Its requests are answered until that moment, and only its end takes its threads
+// from /dev/fuse.
+func (w *Worker) Run(ctx context.Context) error {
+	done := make(chan error, 1)
+	go func() {
+		rctx, stop := context.WithCancel(context.WithoutCancel(ctx))
+		defer stop()
+		defer context.AfterFunc(ctx, func() {
+			if w.stage() == brokerwire.Giving {
+				w.end(nil)
+			} else {
+				stop()
+			}
+		})()
+		done <- w.run(rctx)
+	}()
+	select {
+	case err := <-done:
+		return err
+	case err := <-w.over:
+		return err
+	}
+}
+
+func (w *Worker) run(ctx context.Context) (err error) {
 	w.store, err = cachestore.Open(cachestore.Config{
 		Dir: w.cfg.TierDir, ViewDir: w.cfg.ViewDir, CapacityBytes: w.cfg.CapacityBytes,
-		MinFreeBytes: w.cfg.MinFreeBytes, MinFreeInodes: w.cfg.MinFreeInodes, Log: w.log,
+		MinFreeBytes: w.cfg.MinFreeBytes, MinFreeInodes: w.cfg.MinFreeInodes, AskOwner: func() { w.askElder(ctx) }, Log: w.log,
 	})
 	if err != nil {
 		return err
@@ -154,7 +183,7 @@ func (w *Worker) Run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, w.fills.Close()) }()
 	w.metadata = metadata.New(metadata.Config{MaxEntries: mem.names(), OnDenied: w.fills.Revoke, OnHead: w.fills.Grant, Log: w.log})
 	w.sources = &sources{cfg: w.cfg, nodeKey: w.store.NodeKey(), observer: &w.requests}
-	w.mounts = &mounts{w: w, held: map[string]*held{}}
+	w.mounts = &mounts{w: w, held: map[string]*held{}, fed: map[string]*held{}}
 	w.serving.Store(w.mounts)
 	w.store.OnEvict(w.mounts.evicted)
 
@@ -166,15 +195,13 @@ func (w *Worker) Run(ctx context.Context) (err error) {
 		return errors.Join(err, control.Close())
 	}
 	g, ctx := errgroup.WithContext(ctx)
+	w.beside(ctx, g, w.serveMetrics, w.reportToMaster, w.serveNetwork)
 	if w.cfg.Alone != nil {
 		g.Go(func() error { return w.serveAlone(ctx) })
 	} else {
 		g.Go(func() error { return w.mounts.Run(ctx) })
 	}
-	g.Go(func() error { return w.serveNetwork(ctx) })
 	g.Go(func() error { return serveControl(ctx, control, w) })
-	g.Go(func() error { return w.serveMetrics(ctx) })
-	g.Go(func() error { return w.reportToMaster(ctx) })
 	w.log.Info("worker started", "uuid", w.store.UUID(), "tier", w.cfg.TierDir, "cachedBytes", w.store.Stats().CachedBytes)
 	return g.Wait()
 }

@@ -36,17 +36,19 @@ type Verb string
 
 const (
 	// A peer's first message.
-	Hello Verb = "hello" // Role, Version, UUID (worker); the reply carries Version
+	Hello Verb = "hello" // Role, Version, UUID and Stage (worker); the reply carries Version
 
 	// Node service to broker.
 	MountVolume   Verb = "mount"   // Volume, Path
-	RefreshVolume Verb = "refresh" // Volume: new credentials
+	RefreshVolume Verb = "refresh" // Mount, Volume: new credentials
 	Bind          Verb = "bind"    // Mount, Sub, Target, ReadOnly
 	Unmount       Verb = "unmount" // Path
 	Mounts        Verb = "mounts"  // reply: List
 
 	// Broker to worker.
-	Adopt  Verb = "adopt"  // Mount, Fresh; fds: /dev/fuse, state memfd, INIT socket, [listener]
+	Adopt  Verb = "adopt"  // Mount, Fresh; fds: /dev/fuse, state memfd, INIT socket, [listener]: get ready to serve it
+	Serve  Verb = "serve"  // Mount: it is adopted, and no other worker reads its requests any more
+	Yield  Verb = "yield"  // end now: another worker is ready, or, for one that waits for its turn (Text), it cannot have it
 	Listen Verb = "listen" // Mount; fds: the listening domain socket
 	Reload Verb = "reload" // Mount: the volume in the memfd has changed
 	Drop   Verb = "drop"   // Mount: it is gone
@@ -67,6 +69,15 @@ const (
 	RoleNode   Role = "node"
 )
 
+// Stage is where a worker is in a hand-over of the cache directory.
+type Stage string
+
+const (
+	Owner  Stage = ""       // it has the directory, and is the only one
+	Giving Stage = "giving" // it has given it to another one, and serves until that one is ready
+	Taking Stage = "taking" // it has got it, and waits until the other one has ended
+)
+
 // Message is one datagram. Which fields count depends on the verb.
 type Message struct {
 	ID       uint64  `json:"id"`
@@ -74,6 +85,7 @@ type Message struct {
 	Version  int     `json:"version,omitempty"`
 	Role     Role    `json:"role,omitempty"`
 	UUID     string  `json:"uuid,omitempty"`
+	Stage    Stage   `json:"stage,omitempty"`
 	Mount    string  `json:"mount,omitempty"` // volume id
 	Path     string  `json:"path,omitempty"`
 	Sub      string  `json:"sub,omitempty"`

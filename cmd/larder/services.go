@@ -114,6 +114,7 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 			f.Var(&memory, "memory", "bytes that this process may use (default nine tenths of its cgroup's limit)")
 			f.StringVar(&run, "run-dir", "/run/larder", "`directory` of the sockets that worker, broker and node service share")
 			f.StringVar(&c.Node, "node-name", hostname(), "`name` of this node")
+			f.StringVar(&c.Instance, "instance", "", "`name`, of its pod say, by which a worker that took the cache over knows the one that it has it from, and does not give it back")
 			f.StringVar(&c.Master, "master", "", "`address` of the master: unix:///path or host:port, several with commas between; empty for none")
 			f.StringVar(&c.Listen, "listen", "", "TCP `address` where masters ask what is cached: host:port; empty for none")
 			f.StringVar(&c.Advertise, "advertise", "", "IP `address` at which masters reach that (default that of --listen, or the one towards the master)")

@@ -133,10 +133,11 @@ func (b *Broker) admit(uid uint32, role brokerwire.Role) bool {
 	return role == brokerwire.RoleNode && uid == uint32(os.Getuid()) || role == brokerwire.RoleWorker && uid == b.cfg.WorkerUID
 }
 
-func (b *Broker) came(s *brokerwire.Session) {
+func (b *Broker) came(s *brokerwire.Session) error {
 	if s.Role == brokerwire.RoleWorker {
-		b.held.Welcome(s)
+		return b.held.Welcome(s)
 	}
+	return nil
 }
 
 // handle does what a peer asks, of whose role it is.
@@ -154,6 +155,7 @@ func (b *Broker) handle(ctx context.Context, s *brokerwire.Session, in brokerwir
 	case brokerwire.Give:
 		return r, b.takeBack(s, in, files)
 	case brokerwire.Given:
+		b.held.Settled(s)
 		return r, b.reconcile()
 	}
 	m, err := b.held.Lookup(in.Mount)
