@@ -5,7 +5,7 @@ KILLS    ?= 1000
 VERSION  ?= 0.1.0
 IMAGE    ?= localhost/larder:$(VERSION)
 
-.PHONY: build image demo chaos test test-race test-one-cpu fuzz sanity bench test-deploy lint generate check help
+.PHONY: build image demo chaos test test-race test-one-cpu fuzz sanity bench test-deploy e2e e2e-up e2e-down lint generate check help
 .DEFAULT_GOAL := build
 
 build: ## compile build/larder
@@ -50,6 +50,15 @@ chaos: fusectl ## kill worker and broker under readers that check every byte, un
 test-deploy: ## manifests, Helm chart, examples and image builder, without a cluster
 	cd deploy && go vet ./... && go test -count=1 ./...
 
+e2e: ## all of it in a real Kubernetes of two nodes, or in that of KUBECONFIG; ONLY=regexp selects tests (root)
+	@sanity/e2e/run.sh test -only '$(ONLY)'
+
+e2e-up: ## leave that Kubernetes running with Larder in it, and say how to use it (root)
+	@sanity/e2e/run.sh up
+
+e2e-down: ## end it (root)
+	@sanity/e2e/run.sh down
+
 lint: ## gofmt, vet, staticcheck, import direction, generated code, house rules
 	go test -count=1 ./sanity/lint
 
@@ -60,7 +69,7 @@ generate: ## write the Go files of the .proto files, and the Helm chart from the
 check: lint test demo ## all that has to pass before a change lands
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Tests abort connections through it where something hangs.
 .PHONY: fusectl

@@ -1,8 +1,10 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -19,7 +21,9 @@ func clusterScenarios() []scenario {
 	return []scenario{
 		{name: "with binding: node, capacity is the workers' and a claim for more waits", run: capacity},
 		{name: "a node is lost: its pods read on another one, and it comes back clean", run: nodeLost, ownNode: true},
+		{name: "the previous commit's Larder is installed under reading pods, and this one again", run: upgrade, ownNode: true},
 		{name: "the driver is uninstalled under running pods, which end; installed again, it serves", run: uninstall, ownNode: true},
+		{name: "installed by Helm, it serves", run: helm, ownNode: true},
 		{name: "no Secret is in any log, event or PersistentVolume", run: secretsAreKept},
 		{name: "the tests' namespaces are all gone", run: namespacesAreGone},
 	}
@@ -139,10 +143,6 @@ func (t *test) replica(app, other string) core.Pod {
 func uninstall(t *test) {
 	node := t.nodes[0]
 	d, names := t.readers(node)
-	overlay := filepath.Join("sanity", "e2e", "overlay")
-	if _, err := os.Stat(overlay); err != nil {
-		t.Fatalf("%v: run the tests in the repository's folder", err)
-	}
 	t.Cleanup(func() { t.install(overlay) })
 	_, err := kubectl(t.ctx, "delete", "-k", overlay, "--wait=false")
 	t.must(err)
@@ -153,16 +153,92 @@ func uninstall(t *test) {
 	for _, name := range names { // whose reads wait for a worker that does not come
 		t.delete(name)
 	}
+	t.systemIsGone()
+	t.install(overlay)
+	t.run("again", on(node, podSpec(claimed("data"))))
+	t.verify("again", d, 0)
+}
+
+// overlay is what is installed, relative to the repository's folder, where tests run.
+const overlay = "sanity/e2e/overlay"
+
+// systemIsGone waits for the end of Larder's namespace, and sees that nodes have nothing of it mounted.
+func (t *test) systemIsGone() {
+	t.Helper()
 	t.eventually(3*time.Minute, text("namespace %s does not end", systemNamespace), func() bool {
 		_, err := t.client.CoreV1().Namespaces().Get(t.ctx, systemNamespace, meta.GetOptions{})
 		return apierrors.IsNotFound(err)
 	})
-	if left := t.machine(node, "sh", "-c", "grep -c fuse.larder /proc/self/mountinfo || true"); left != "0" {
-		t.Errorf("%s mounts are left on %s", left, node)
+	for _, node := range t.nodes {
+		if left := t.machine(node, "sh", "-c", "grep fuse.larder /proc/self/mountinfo || true"); left != "" {
+			t.Errorf("left on %s: %s", node, left)
+		}
 	}
-	t.install(overlay)
-	t.run("again", on(node, podSpec(claimed("data"))))
-	t.verify("again", d, 0)
+}
+
+func helm(t *test) {
+	program := filepath.Join(filepath.Dir(flags.kubeconfig), "..", "bin", "helm")
+	run := func(ctx context.Context, args ...string) {
+		t.Helper()
+		cmd := exec.CommandContext(ctx, program, append([]string{"--kubeconfig", flags.kubeconfig, "-n", systemNamespace}, args...)...)
+		cmd.Env = append(os.Environ(), "HELM_CACHE_HOME="+t.TempDir())
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("helm %s: %v: %s", strings.Join(args, " "), err, out)
+		}
+	}
+	_, err := kubectl(t.ctx, "delete", "-k", overlay, "--wait=false")
+	t.must(err)
+	t.Cleanup(func() { t.install(overlay) })
+	t.systemIsGone()
+	run(t.ctx, "install", "larder", "deploy/helm/larder", "--create-namespace", "--wait", "--timeout=2m",
+		"--set", "master.persistence.enabled=false", "--set", "inlineEndpoints={"+storeURL+"}")
+	d := t.put(2, 1<<20)
+	t.claim("data", t.classFor(d))
+	t.run("reader", podSpec(claimed("data"), inline(t.secret(), d.attributes())))
+	for i := range 2 {
+		t.verify("reader", d, i)
+		t.worker("reader", d, i)
+	}
+	t.delete("reader")
+	t.must(t.client.CoreV1().PersistentVolumeClaims(t.ns).Delete(t.ctx, "data", meta.DeleteOptions{}))
+	t.eventually(30*time.Second, text("the claim's volume stays"), func() bool { return len(t.volumes()) == 0 })
+	run(t.ctx, "uninstall", "larder", "--wait", "--timeout=2m")
+	_, err = kubectl(t.ctx, "delete", "namespace", systemNamespace)
+	t.must(err)
+	t.systemIsGone()
+}
+
+// volumes are the names of the PersistentVolumes that are bound to the test's claims.
+func (t *test) volumes() []string {
+	t.Helper()
+	list, err := t.client.CoreV1().PersistentVolumes().List(t.ctx, meta.ListOptions{})
+	t.must(err)
+	var names []string
+	for _, v := range list.Items {
+		if v.Spec.ClaimRef != nil && v.Spec.ClaimRef.Namespace == t.ns {
+			names = append(names, v.Name)
+		}
+	}
+	return names
+}
+
+// upgrade goes back first: what the previous commit makes of a newer one's mounts is a test as well.
+func upgrade(t *test) {
+	const previous = "build/e2e/previous-overlay"
+	if _, err := os.Stat(previous); err != nil {
+		fmt.Printf("       there is no previous commit here: %v\n", err)
+		return
+	}
+	_, names := t.readers(t.nodes[0])
+	t.Cleanup(func() { t.install(overlay) })
+	for _, o := range []string{previous, overlay} {
+		t.install(o)
+		t.goesOn(names...)
+		d := data{t.ns, 6, 3 << 20}
+		name := "after-" + filepath.Base(o)
+		t.run(name, on(t.nodes[0], podSpec(claimed("data"))))
+		t.verify(name, d, 0)
+	}
 }
 
 // install applies an overlay and waits until it serves.

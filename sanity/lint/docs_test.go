@@ -141,8 +141,8 @@ func TestReadmeNamesEveryParameter(t *testing.T) {
 }
 
 func TestReadmeNamesEveryTarget(t *testing.T) {
-	code := matches(t, "Makefile", `(?m)^([a-z-]+):.*##`)
-	for target := range matches(t, "README.md", "make ([a-z-]+)") {
+	code := matches(t, "Makefile", `(?m)^([a-z0-9-]+):.*##`)
+	for target := range matches(t, "README.md", "make ([a-z0-9-]+)") {
 		if !code[target] {
 			t.Errorf("README.md names make %s, which is not there", target)
 		}

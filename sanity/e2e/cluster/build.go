@@ -42,6 +42,7 @@ func parts() []part {
 		{module: "coredns", packages: []string{"."}},
 		{module: "kube", packages: []string{"."}, flags: versions,
 			links: []string{"etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet", "kubectl"}},
+		{module: "helm", packages: []string{"helm.sh/helm/v4/cmd/helm"}},
 		{module: "../s3test/gateway", packages: []string{"github.com/versity/versitygw/cmd/versitygw"}},
 		{module: "kube", packages: []string{"github.com/kubernetes-csi/external-provisioner/v6/cmd/csi-provisioner"}},
 	}

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -35,6 +37,19 @@ func (c *cluster) makeImages() error {
 		return err
 	}
 	return c.makeProbeImage(filepath.Join(filepath.Dir(self), "probe"))
+}
+
+// exportImages writes the probe's archive into a directory; no cluster need run.
+func (c *cluster) exportImages(ctx context.Context, dir string) error {
+	dirs, err := c.build(ctx)
+	if err != nil {
+		return err
+	}
+	apart := cluster{dir: dir, cache: c.cache}
+	if err := apart.link(dirs); err != nil {
+		return err
+	}
+	return errors.Join(apart.makeImages(), os.RemoveAll(apart.bin()))
 }
 
 // image makes an image of one static program.

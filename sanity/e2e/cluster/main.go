@@ -26,6 +26,7 @@ const usage = `usage: cluster [-dir DIR] COMMAND
   up [NODES]                start nodes n1 (with the control plane), n2, …; 2 by default
   down                      end all nodes and remove what they left
   load ARCHIVE…             import image archives into every node
+  images DIR                write the archives of the tests' own images, for other clusters
   exec NODE COMMAND…        run a command inside a node
   restart-kubelet NODE      end the node's kubelet and start it again; likewise any program: restart NODE PROGRAM
   stop NODE PROGRAM         end one of the node's programs
@@ -70,7 +71,7 @@ type cluster struct {
 }
 
 func (c *cluster) command(ctx context.Context, name string, args []string) error {
-	if want, fixed := map[string]int{"build": 0, "down": 0, "env": 0, "restart-kubelet": 1, "kill-node": 1, "start-node": 1,
+	if want, fixed := map[string]int{"build": 0, "down": 0, "env": 0, "images": 1, "restart-kubelet": 1, "kill-node": 1, "start-node": 1,
 		"restart": 2, "stop": 2, "start": 2, "node": 2}[name]; fixed && len(args) != want {
 		return fmt.Errorf("%s takes %d arguments, not %d", name, want, len(args))
 	}
@@ -82,6 +83,8 @@ func (c *cluster) command(ctx context.Context, name string, args []string) error
 		return c.up(ctx, args)
 	case "down":
 		return c.down()
+	case "images":
+		return c.exportImages(ctx, args[0])
 	case "load":
 		return c.load(ctx, args)
 	case "exec":
