@@ -5,6 +5,7 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -50,7 +51,8 @@ type env struct {
 type scenario struct {
 	name    string
 	run     func(*test)
-	ownNode bool // needs the machines of the nodes: only with -cluster
+	ownNode bool          // needs the machines of the nodes: only with -cluster
+	limit   time.Duration // 0 means 5 minutes
 }
 
 func TestLarder(t *testing.T) {
@@ -82,7 +84,8 @@ func TestLarder(t *testing.T) {
 }
 
 func (e *env) scenario(t *testing.T, s scenario) {
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	limit := cmp.Or(s.limit, 5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
 	x := &test{T: t, env: e, ctx: ctx}
 	defer func() { // before the clean-up, which removes what there is to see

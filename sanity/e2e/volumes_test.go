@@ -20,7 +20,7 @@ const (
 // scenarios are the tests, in the order in which they run: first what everybody does, then what
 // may go wrong, last what takes something from all.
 func scenarios() []scenario {
-	return slices.Concat(volumeScenarios(), podScenarios(), exampleScenarios(), localScenarios(), localityScenarios(), refusalScenarios(), failureScenarios(), clusterScenarios())
+	return slices.Concat(volumeScenarios(), podScenarios(), exampleScenarios(), localScenarios(), localityScenarios(), refusalScenarios(), failureScenarios(), sparkScenarios(), clusterScenarios())
 }
 
 func volumeScenarios() []scenario {

@@ -107,16 +107,26 @@ func verify(_ context.Context, dir string, d dataset) error {
 	return nil
 }
 
-func put(ctx context.Context, endpoint, bucket string, d dataset) error {
+// open gives a client of the store and makes the bucket where it is missing.
+func open(ctx context.Context, endpoint, bucket string) (*s3.Client, error) {
 	id, key := os.Getenv("AWS_ACCESS_KEY_ID"), os.Getenv("AWS_SECRET_ACCESS_KEY")
 	client := s3.New(s3.Options{
 		BaseEndpoint: &endpoint, UsePathStyle: true, Region: "us-east-1",
 		Credentials: credentials.NewStaticCredentialsProvider(id, key, ""),
 	})
-	if _, err := client.HeadBucket(ctx, &s3.HeadBucketInput{Bucket: &bucket}); err != nil {
-		if _, err := client.CreateBucket(ctx, &s3.CreateBucketInput{Bucket: &bucket}); err != nil {
-			return fmt.Errorf("create bucket %s: %w", bucket, err)
-		}
+	if _, err := client.HeadBucket(ctx, &s3.HeadBucketInput{Bucket: &bucket}); err == nil {
+		return client, nil
+	}
+	if _, err := client.CreateBucket(ctx, &s3.CreateBucketInput{Bucket: &bucket}); err != nil {
+		return nil, fmt.Errorf("create bucket %s: %w", bucket, err)
+	}
+	return client, nil
+}
+
+func put(ctx context.Context, endpoint, bucket string, d dataset) error {
+	client, err := open(ctx, endpoint, bucket)
+	if err != nil {
+		return err
 	}
 	for i := range d.files {
 		b := make([]byte, d.size)
@@ -130,4 +140,18 @@ func put(ctx context.Context, endpoint, bucket string, d dataset) error {
 	}
 	fmt.Printf("put %d files of %d bytes\n", d.files, d.size)
 	return nil
+}
+
+// upload puts what comes on the standard input.
+func upload(ctx context.Context, endpoint, bucket, key string) error {
+	client, err := open(ctx, endpoint, bucket)
+	if err != nil {
+		return err
+	}
+	b, err := io.ReadAll(os.Stdin)
+	if err != nil {
+		return err
+	}
+	_, err = client.PutObject(ctx, &s3.PutObjectInput{Bucket: &bucket, Key: &key, Body: bytes.NewReader(b), ContentLength: aws.Int64(int64(len(b)))})
+	return err
 }

@@ -2,6 +2,7 @@
 // names, and tells whether what it reads is that data. It needs no privilege and no libraries.
 //
 //	probe put ENDPOINT BUCKET DATASET FILES SIZE     credentials in AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY
+//	probe upload ENDPOINT BUCKET KEY < FILE          likewise
 //	probe verify DIR DATASET FILES SIZE              every byte, once
 //	probe loop DIR DATASET FILES SIZE                again and again, every way; ends at the first mistake
 //	probe socket DIR DATASET FILES SIZE              through the domain socket in DIR; prints the worker's UUID
@@ -43,6 +44,11 @@ func run(ctx context.Context, args []string) error {
 			return err
 		}
 		return put(ctx, args[1], args[2], d)
+	case "upload":
+		if len(args) != 4 {
+			return errors.New("upload takes ENDPOINT BUCKET KEY")
+		}
+		return upload(ctx, args[1], args[2], args[3])
 	case "verify", "loop", "socket":
 		if len(args) != 5 {
 			return fmt.Errorf("%s takes DIR DATASET FILES SIZE", args[0])
