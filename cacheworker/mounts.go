@@ -87,8 +87,8 @@ func (ms *mounts) connect(ctx context.Context) (connected bool, err error) {
 	done := make(chan error, 1)
 	go func() { done <- peer.Run(ctx) }()
 	before := ms.all() // what this broker gives us from here on it holds
-	hello := brokerwire.Message{Verb: brokerwire.Hello, Version: brokerwire.Version, Role: brokerwire.RoleWorker,
-		UUID: ms.w.store.UUID().String(), Stage: stage}
+	hello := brokerwire.Message{Verb: brokerwire.Hello, Version: brokerwire.Version, Oldest: brokerwire.Oldest,
+		Role: brokerwire.RoleWorker, UUID: ms.w.store.UUID().String(), Stage: stage}
 	if _, _, err := peer.Call(ctx, hello); err != nil {
 		peer.Close()
 		<-done

@@ -92,7 +92,7 @@ func (c *Client) connect(ctx context.Context) (*Peer, error) {
 		defer close(done)
 		p.Run(context.Background())
 	}()
-	if _, _, err := p.Call(ctx, Message{Verb: Hello, Version: Version, Role: RoleNode}); err != nil {
+	if _, _, err := p.Call(ctx, Message{Verb: Hello, Version: Version, Oldest: Oldest, Role: RoleNode}); err != nil {
 		p.Close()
 		return nil, err
 	}

@@ -14,7 +14,7 @@ import (
 // Offsets in struct fuse_init_in behind its 40 byte header and in fuse_init_out behind its
 // 16 byte header (include/uapi/linux/fuse.h).
 const (
-	inFlags, inFlags2                      = 40 + 12, 40 + 16
+	inMinor, inFlags, inFlags2             = 40 + 4, 40 + 12, 40 + 16
 	outMinor, outFlags, outMaxWrite        = 16 + 4, 16 + 12, 16 + 20
 	outFlags2, outStackDepth               = 16 + 32, 16 + 36
 	initInSize, initOutSize                = 40 + 64, 16 + 64
@@ -89,6 +89,7 @@ func maskInit(in, out []byte) []byte {
 	if out == nil || len(in) < initInSize || len(out) < initOutSize {
 		return in
 	}
+	binary.LittleEndian.PutUint32(in[inMinor:], min(u32(in, inMinor), u32(out, outMinor)))
 	binary.LittleEndian.PutUint32(in[inFlags:], u32(in, inFlags)&(u32(out, outFlags)|initExt))
 	binary.LittleEndian.PutUint32(in[inFlags2:], u32(in, inFlags2)&u32(out, outFlags2))
 	return in

@@ -367,7 +367,7 @@ func TestABadRequestIsAnsweredAndTheConnectionGoesOn(t *testing.T) {
 		text string
 		oob  []byte
 	}{
-		"unknown field":        {`{"id":5,"verb":"mount","mode":1}`, nil},
+		"wrong type":           {`{"id":5,"verb":"mount","mount":1}`, nil},
 		"relative path":        {`{"id":5,"verb":"mount","path":"x"}`, nil},
 		"too many descriptors": {`{"id":5,"verb":"mount"}`, unix.UnixRights(fds...)},
 	} {

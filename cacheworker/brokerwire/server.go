@@ -79,13 +79,17 @@ func (v *Server) serve(ctx context.Context, c *net.UnixConn) {
 	p = NewPeer(c, func(ctx context.Context, m Message, files []*os.File) (Message, []*os.File, error) {
 		if m.Verb == Hello {
 			s := &Session{Peer: p, Role: m.Role, UUID: m.UUID, Stage: m.Stage, UID: cred.Uid, PID: cred.Pid}
-			if err := v.check(s, m.Version); err != nil {
+			version, err := agreed(m.Version, m.Oldest)
+			if err == nil {
+				err = v.check(s)
+			}
+			if err != nil {
 				return Message{}, nil, err
 			}
 			if !session.CompareAndSwap(nil, s) {
 				return Message{}, nil, fmt.Errorf("said hello already: %w", object.ErrInvalid)
 			}
-			return Message{Version: Version}, nil, v.Came(s)
+			return Message{Version: version}, nil, v.Came(s)
 		}
 		s := session.Load()
 		if s == nil || !slices.Contains(verbs[s.Role], m.Verb) {
@@ -103,10 +107,8 @@ func (v *Server) serve(ctx context.Context, c *net.UnixConn) {
 }
 
 // check decides about a hello.
-func (v *Server) check(s *Session, version int) error {
+func (v *Server) check(s *Session) error {
 	switch {
-	case version != Version:
-		return fmt.Errorf("protocol version %d, this broker speaks %d: %w", version, Version, object.ErrInvalid)
 	case !v.Admit(s.UID, s.Role):
 		return fmt.Errorf("uid %d may not be %q: %w", s.UID, s.Role, object.ErrDenied)
 	case s.Role == RoleWorker && s.UUID == "":

@@ -74,7 +74,7 @@ func TestAVerbOfAnotherRoleIsNeverHandled(t *testing.T) {
 	} {
 		p := caller(t, socket)
 		if role != "" {
-			if _, _, err := p.Call(t.Context(), Message{Verb: Hello, Version: Version, Role: role, UUID: "u"}); err != nil {
+			if _, _, err := p.Call(t.Context(), Message{Verb: Hello, Version: Version, Oldest: Oldest, Role: role, UUID: "u"}); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -100,17 +100,17 @@ func TestAPeerSaysOnceAndTrulyWhoItIs(t *testing.T) {
 		hello Message
 		want  error
 	}{
-		"another version":     {Message{Version: Version + 1, Role: RoleNode}, object.ErrInvalid},
-		"no role":             {Message{Version: Version}, object.ErrDenied},
-		"an unknown role":     {Message{Version: Version, Role: "root"}, object.ErrDenied},
-		"a worker without id": {Message{Version: Version, Role: RoleWorker}, object.ErrInvalid},
+		"another version":     {Message{Version: Version + 1, Oldest: Version + 1, Role: RoleNode}, object.ErrInvalid},
+		"no role":             {Message{Version: Version, Oldest: Oldest}, object.ErrDenied},
+		"an unknown role":     {Message{Version: Version, Oldest: Oldest, Role: "root"}, object.ErrDenied},
+		"a worker without id": {Message{Version: Version, Oldest: Oldest, Role: RoleWorker}, object.ErrInvalid},
 	} {
 		c.hello.Verb = Hello
 		if _, _, err := p.Call(t.Context(), c.hello); !errors.Is(err, c.want) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
-	hello := Message{Verb: Hello, Version: Version, Role: RoleWorker, UUID: "u"}
+	hello := Message{Verb: Hello, Version: Version, Oldest: Oldest, Role: RoleWorker, UUID: "u"}
 	if r, _, err := p.Call(t.Context(), hello); err != nil || r.Version != Version {
 		t.Errorf("after refusals: %+v, %v", r, err)
 	}

@@ -23,8 +23,22 @@ import (
 	"github.com/larderfs/larder/cacheworker/object"
 )
 
-// Version of the protocol; a peer with another one is refused.
-const Version = 1
+// The protocol has versions so that the processes of a node can be upgraded one after the other,
+// and back: two peers speak the newest one that both know. Within a version fields and verbs may
+// be added, if they can be done without: an unknown field is ignored, an unknown verb refused.
+const (
+	Version = 1 // the newest that this build speaks
+	Oldest  = 1 // the oldest; at most one behind what the release before spoke
+)
+
+// agreed is the version to speak with a peer that knows those from oldest to newest.
+func agreed(newest, oldest int) (int, error) {
+	v := min(newest, Version)
+	if v < oldest || v < Oldest || oldest <= 0 {
+		return 0, fmt.Errorf("protocol versions %d to %d, here they are %d to %d: %w", oldest, newest, Oldest, Version, object.ErrInvalid)
+	}
+	return v, nil
+}
 
 const (
 	maxMessage = 96 << 10 // bytes of one datagram, below the default socket buffer
@@ -36,7 +50,7 @@ type Verb string
 
 const (
 	// A peer's first message.
-	Hello Verb = "hello" // Role, Version, UUID and Stage (worker); the reply carries Version
+	Hello Verb = "hello" // Role, Version and Oldest, UUID and Stage (worker); the reply carries the Version that is spoken
 
 	// Node service to broker.
 	MountVolume   Verb = "mount"   // Volume, Path
@@ -83,6 +97,7 @@ type Message struct {
 	ID       uint64  `json:"id"`
 	Verb     Verb    `json:"verb,omitempty"`
 	Version  int     `json:"version,omitempty"`
+	Oldest   int     `json:"oldest,omitempty"`
 	Role     Role    `json:"role,omitempty"`
 	UUID     string  `json:"uuid,omitempty"`
 	Stage    Stage   `json:"stage,omitempty"`
@@ -221,7 +236,6 @@ func cleanAbs(p string) bool {
 // be read.
 func Decode(b []byte) (Message, error) {
 	d := json.NewDecoder(bytes.NewReader(b))
-	d.DisallowUnknownFields()
 	var e envelope
 	if err := d.Decode(&e); err != nil {
 		return address(b), fmt.Errorf("broker message: %v: %w", err, object.ErrInvalid)

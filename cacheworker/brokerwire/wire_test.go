@@ -26,7 +26,6 @@ func TestDecodeRejectsWhatNoPeerMaySend(t *testing.T) {
 		"another type":       `["mount"]`,
 		"cut short":          `{"id":1,"verb":"mount"`,
 		"two values":         `{"id":1}{"id":2}`,
-		"unknown field":      `{"id":1,"verb":"mount","mode":7}`,
 		"negative id":        `{"id":-1}`,
 		"backing too large":  `{"id":1,"backing":4294967296}`,
 		"path not absolute":  `{"id":1,"path":"a/b"}`,
@@ -51,6 +50,33 @@ func TestDecodeRejectsWhatNoPeerMaySend(t *testing.T) {
 	}
 }
 
+// A newer peer says more than this one knows.
+func TestUnknownFieldsAreIgnored(t *testing.T) {
+	m, err := Decode([]byte(`{"id":1,"verb":"mount","path":"/a","new":{"x":[7]},"volume":{"id":"v","new":true},"list":[{"volumeID":"w","new":null}]}`))
+	if err != nil || m.ID != 1 || m.Path != "/a" || m.Volume.ID != "v" || m.List[0].VolumeID != "w" {
+		t.Errorf("%+v, %v", m, err)
+	}
+}
+
+func TestPeersSpeakTheNewestVersionThatBothKnow(t *testing.T) {
+	for _, c := range []struct{ newest, oldest, want int }{
+		{Version, Oldest, Version},
+		{Version + 1, Version, Version},
+		{Version + 7, Oldest, Version},
+		{Version + 1, Version + 1, 0},
+		{Oldest - 1, Oldest - 1, 0},
+		{Version, 0, 0},
+		{0, 0, 0},
+		{Version, Version + 1, 0},
+		{-1, 1, 0},
+	} {
+		got, err := agreed(c.newest, c.oldest)
+		if got != c.want || (err == nil) != (c.want > 0) || err != nil && !errors.Is(err, object.ErrInvalid) {
+			t.Errorf("a peer with %d to %d: %d, %v; want %d", c.oldest, c.newest, got, err, c.want)
+		}
+	}
+}
+
 func TestABadRequestCanStillBeAnswered(t *testing.T) {
 	m, err := Decode([]byte(`{"id":7,"verb":"mount","path":"relative","mount":"v"}`))
 	if want := (Message{ID: 7, Verb: MountVolume}); err == nil || !reflect.DeepEqual(m, want) {
@@ -63,7 +89,7 @@ func fullMessage() Message {
 	v := Volume{ID: "v", Source: "s3://b/p", Endpoint: "http://h:1", Region: "r", PathStyle: true, Layout: LayoutData,
 		Freshness: time.Minute, Complete: CompleteAlways, UID: 1, GID: 2, FileMode: 0o440, DirMode: 0o550, Inline: true,
 		Credentials: Credentials{"id", "secret", "token"}}
-	return Message{ID: 1, Verb: MountVolume, Version: 2, Role: RoleNode, UUID: "0-1", Stage: Giving, Mount: "v", Path: "/a b/c", Sub: "data",
+	return Message{ID: 1, Verb: MountVolume, Version: 2, Oldest: 1, Role: RoleNode, UUID: "0-1", Stage: Giving, Mount: "v", Path: "/a b/c", Sub: "data",
 		Target: "/", ReadOnly: true, Fresh: true, Node: 1 << 63, Backing: 3, Volume: &v,
 		List: []Mount{{VolumeID: "v", Path: "/a", Volume: v, Since: now, Served: true, Takeovers: 4, Socket: "s",
 			Worker: "u", WorkerPID: 5, WorkerSince: now, LongestStall: time.Second, Without: []string{"resend"}}},

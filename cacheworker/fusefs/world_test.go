@@ -77,7 +77,7 @@ func (w *testWorker) connect(socket string, cfg cachestore.Config) (err error) {
 	ctx, stop := context.WithCancel(context.Background())
 	w.stop, w.ended = stop, make(chan struct{})
 	go func() { defer close(w.ended); w.peer.Run(ctx) }()
-	_, _, err = w.peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Hello, Version: brokerwire.Version, Role: brokerwire.RoleWorker, UUID: uuid})
+	_, _, err = w.peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Hello, Version: brokerwire.Version, Oldest: brokerwire.Oldest, Role: brokerwire.RoleWorker, UUID: uuid})
 	return err
 }
 

@@ -284,7 +284,7 @@ func sayHello(socket string, role brokerwire.Role) int {
 	})
 	done := make(chan error, 1)
 	go func() { done <- p.Run(ctx) }()
-	_, _, err = p.Call(ctx, brokerwire.Message{Verb: brokerwire.Hello, Version: brokerwire.Version, Role: role, UUID: "u"})
+	_, _, err = p.Call(ctx, brokerwire.Message{Verb: brokerwire.Hello, Version: brokerwire.Version, Oldest: brokerwire.Oldest, Role: role, UUID: "u"})
 	p.Close()
 	<-done
 	if errors.Is(err, object.ErrDenied) {
