@@ -424,6 +424,9 @@ func TestPodsAreToldWhatBefellTheirVolumes(t *testing.T) {
 	if err := n.WaitReady(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	if entries, err := os.ReadDir(target); err == nil {
+		t.Errorf("a container that is started now would find %v", entries)
+	}
 	if e := n.awaitEvent("had both died"); e.Reason != "MountLost" || !strings.Contains(e.Message, `"pvc-v"`) {
 		t.Errorf("%+v", e)
 	}

@@ -78,7 +78,7 @@ type Controller struct {
 	stop  func() // ends the watches; nil before Run
 
 	// What only the round under way touches.
-	made    map[string]offer     // that were created and have not come back by the watch
+	made    map[string]slot      // that were created and have not come back by the watch
 	applied map[string]string    // the version of the Secret that a mount has, by slot
 	retries map[string]*retry    // of datasets that cannot be mounted, by name
 	orphans map[string]time.Time // slots that are mounted and that the broker does not hold, since they were seen
@@ -94,11 +94,6 @@ type world struct {
 
 func (w world) known() bool { return w.configMaps != nil && w.secrets != nil && w.volumes != nil }
 
-type offer struct {
-	slot slot
-	when time.Time
-}
-
 // New checks the configuration.
 func New(cfg Config, cluster *kube.Client, broker driver.Broker, pods driver.Pods, events *kube.Recorder) (*Controller, error) {
 	if err := cfg.Validate(); err != nil {
@@ -109,7 +104,7 @@ func New(cfg Config, cluster *kube.Client, broker driver.Broker, pods driver.Pod
 		return nil, err
 	}
 	c := &Controller{cfg: cfg, cluster: cluster, broker: broker, pods: pods, events: events, parameters: p, wake: make(chan struct{}, 1),
-		made: map[string]offer{}, applied: map[string]string{}, retries: map[string]*retry{}, told: map[string]string{}, orphans: map[string]time.Time{}}
+		made: map[string]slot{}, applied: map[string]string{}, retries: map[string]*retry{}, told: map[string]string{}, orphans: map[string]time.Time{}}
 	c.namespace, c.configMap, _ = strings.Cut(cfg.Datasets, "/")
 	return c, nil
 }

@@ -191,6 +191,7 @@ func (r *round) remove(ctx context.Context, name string) (gone bool, err error) 
 			return false, fmt.Errorf("remove %s: %w", path, err)
 		}
 	}
+	delete(r.made, name)
 	delete(r.applied, name)
 	delete(r.told, name)
 	delete(r.orphans, name)
@@ -372,7 +373,7 @@ func (r *round) clearAway(ctx context.Context) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	names := slices.Collect(maps.Keys(r.held))
+	names := slices.AppendSeq(slices.Collect(maps.Keys(r.held)), maps.Keys(r.made))
 	for _, e := range entries {
 		names = append(names, e.Name())
 	}
@@ -401,7 +402,6 @@ func (r *round) offer(ctx context.Context) error {
 	if r.ended {
 		return nil
 	}
-	maps.DeleteFunc(r.made, func(_ string, o offer) bool { return time.Since(o.when) > time.Minute }) // deleted before it was seen
 	taken := map[string]map[int]bool{}
 	note := func(s slot) {
 		if taken[s.dataset] == nil {
@@ -412,8 +412,8 @@ func (r *round) offer(ctx context.Context) error {
 	for _, s := range r.slots {
 		note(s)
 	}
-	for _, o := range r.made {
-		note(o.slot)
+	for _, s := range r.made {
+		note(s)
 	}
 	var errs []error
 	for _, name := range slices.Sorted(maps.Keys(r.datasets)) {
@@ -469,7 +469,7 @@ func (r *round) create(ctx context.Context, s slot, secret map[string]string, ve
 	if _, err := r.cluster.PersistentVolumes().Create(ctx, pv); err != nil {
 		return fmt.Errorf("create persistent volume %s: %w", s.name, err)
 	}
-	r.made[s.name] = offer{s, time.Now()}
+	r.made[s.name] = s
 	r.cfg.Log.Info("local volume offered", "volume", s.name, "dataset", s.dataset)
 	return nil
 }
