@@ -108,6 +108,7 @@ func (m Member) apply(c *embed.Config) error {
 	}
 	c.ListenPeerUrls = []url.URL{{Scheme: self.Scheme, Host: net.JoinHostPort(host, port)}}
 	c.AdvertisePeerUrls = []url.URL{*self}
+	c.AdvertiseClientUrls = []url.URL{*self} // for nobody; but by them etcd knows a member that has lost its disk, and must not vote again
 	c.PeerTLSInfo = transport.TLSInfo{TrustedCAFile: m.CAFile, CertFile: m.CertFile, KeyFile: m.KeyFile, ClientCertAuth: m.CertFile != ""}
 	c.TickMs, c.ElectionMs = 100, 1000
 	c.SnapshotCount, c.SnapshotCatchUpEntries = 10_000, 5_000 // for one that was away

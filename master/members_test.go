@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -143,6 +144,24 @@ func TestAMajorityIsNeeded(t *testing.T) {
 	x.restart(t, 2)
 	if _, err := c.CreateVolume(t.Context(), client.VolumeSpec{Name: "v"}); err != nil {
 		t.Errorf("two of three: %v", err)
+	}
+	// The third comes without its disk. It must not vote: it may have forgotten what it acknowledged.
+	if err := os.RemoveAll(filepath.Join(x.dirs[0], "state")); err != nil {
+		t.Fatal(err)
+	}
+	cmd, _ := launch(t, x.dirs[0], x.env[0])
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	select {
+	case err := <-ended:
+		if err == nil {
+			t.Error("a member without its disk ends well")
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatal("a member without its disk goes on")
+	}
+	if _, err := c.CreateVolume(t.Context(), client.VolumeSpec{Name: "w"}); err != nil {
+		t.Errorf("two of three, and one that may not: %v", err)
 	}
 }
 
