@@ -93,7 +93,7 @@ func fullMessage() Message {
 		Target: "/", ReadOnly: true, Fresh: true, Node: 1 << 63, Backing: 3, Volume: &v,
 		List: []Mount{{VolumeID: "v", Path: "/a", Volume: v, Since: now, Served: true, Takeovers: 4, Socket: "s",
 			Worker: "u", WorkerPID: 5, WorkerSince: now, LongestStall: time.Second, Without: []string{"resend"}}},
-		PID:  6,
+		PID: 6, Leaving: true,
 		Code: "busy", Text: "t"}
 }
 

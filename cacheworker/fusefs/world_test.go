@@ -394,6 +394,8 @@ func (w *world) backing(n *node) int32 {
 // complete reads a file so that it is complete in the cache.
 func (w *world) complete(u *user, name string) {
 	w.t.Helper()
+	fd := u.open(w.data(name)) // so that the kernel forgets it not, which others may ask it for
+	defer u.close(fd)
 	u.sum(w.data(name))
 	n := w.node(name)
 	id := w.served().table.objectOf(n).ID()
