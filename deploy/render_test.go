@@ -21,6 +21,7 @@ import (
 	chartutil "helm.sh/helm/v4/pkg/chart/common/util"
 	"helm.sh/helm/v4/pkg/chart/v2/loader"
 	"helm.sh/helm/v4/pkg/engine"
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -40,6 +41,8 @@ var kinds = map[string]struct {
 	new        func() any
 	namespaced bool
 }{
+	"admissionregistration.k8s.io/v1/ValidatingAdmissionPolicy":        {func() any { return &admissionv1.ValidatingAdmissionPolicy{} }, false},
+	"admissionregistration.k8s.io/v1/ValidatingAdmissionPolicyBinding": {func() any { return &admissionv1.ValidatingAdmissionPolicyBinding{} }, false},
 	"v1/Namespace":                                    {func() any { return &corev1.Namespace{} }, false},
 	"v1/Secret":                                       {func() any { return &corev1.Secret{} }, true},
 	"v1/Service":                                      {func() any { return &corev1.Service{} }, true},

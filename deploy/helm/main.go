@@ -25,7 +25,7 @@ func main() {
 }
 
 // files of the base that are in the chart. The namespace is not: Helm makes it, or the user.
-var files = []string{"csidriver.yaml", "storageclasses.yaml", "rbac.yaml", "master.yaml", "controller.yaml", "node.yaml", "worker.yaml", "networkpolicies.yaml"}
+var files = []string{"csidriver.yaml", "storageclasses.yaml", "rbac.yaml", "policies.yaml", "master.yaml", "controller.yaml", "node.yaml", "worker.yaml", "networkpolicies.yaml"}
 
 func run(base, out string, check bool) error {
 	for _, name := range files {
@@ -113,6 +113,7 @@ var edits = map[string][]edit{
 	"storageclasses.yaml": {
 		{1, "provisioner: csi.larder.dev\n", "provisioner: csi.larder.dev\n{{- with .Values.storageClass.parameters }}\nparameters: {{- toYaml . | nindent 2 }}\n{{- end }}\n"},
 	},
+	"policies.yaml": {{1, "/var/lib/kubelet", "{{ .Values.kubeletDir }}"}},
 	"master.yaml": {
 		{1, "  replicas: 1\n", "  replicas: {{ .Values.master.replicas }}\n"},
 		list("        - --metrics-listen=:9810\n", "master.extraArgs", "{{ . }}"),
