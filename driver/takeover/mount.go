@@ -255,6 +255,11 @@ func (ms *Mounts) bindSocket(ctx context.Context, m *Mount, name string) error {
 			return r.err
 		}
 		m.mu.Lock()
+		if m.gone.Load() { // a socket keeps the file system that it is bound in
+			m.mu.Unlock()
+			r.l.Close()
+			return fmt.Errorf("volume %q has gone: %w", m.ID, object.ErrNotFound)
+		}
 		old := m.listener
 		m.listener, m.heard = r.l, nil
 		m.mu.Unlock()

@@ -24,16 +24,17 @@ import (
 // kernel stands for what the broker lends.
 type kernel struct {
 	waiting func() (int, error)
+	bind    func() (*os.File, error)
 	aborted chan *Mount
 	lost    chan []string // the paths, and why
 }
 
 func newMounts(t *testing.T, deadline time.Duration) (*Mounts, *kernel) {
 	t.Helper()
-	k := &kernel{waiting: func() (int, error) { return 0, nil }, aborted: make(chan *Mount, 8), lost: make(chan []string, 8)}
+	k := &kernel{bind: func() (*os.File, error) { return os.Open(os.DevNull) }, waiting: func() (int, error) { return 0, nil }, aborted: make(chan *Mount, 8), lost: make(chan []string, 8)}
 	ms := New(Config{
 		Deadline: deadline, Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
-		Bind:     func(string, string) (*os.File, error) { return os.Open(os.DevNull) },
+		Bind:     func(string, string) (*os.File, error) { return k.bind() },
 		Answered: func(*Mount) {},
 		Waiting:  func(*Mount) (int, error) { return k.waiting() },
 		Abort:    func(m *Mount) error { k.aborted <- m; return nil },
@@ -216,6 +217,31 @@ func TestAMountWithoutAWorkerIsGivenUpAtTheDeadline(t *testing.T) {
 	if _, err := m.Device.Stat(); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("its device: %v", err)
 	}
+}
+
+// A listening socket pins the file system that it is bound in, and with it the worker's loop.
+func TestASocketThatIsBoundTooLateIsClosed(t *testing.T) {
+	var late *os.File
+	t.Cleanup(func() { // when all has ended
+		if _, err := late.Stat(); !errors.Is(err, os.ErrClosed) {
+			t.Errorf("the socket: %v", err)
+		}
+	})
+	ms, k := newMounts(t, time.Hour)
+	first := join(t, ms, "first", resend)
+	m := serve(t, ms, first)
+	first.die()
+	binding, released := make(chan struct{}), make(chan struct{})
+	k.bind = func() (_ *os.File, err error) {
+		close(binding)
+		<-released
+		late, err = os.Open(os.DevNull)
+		return late, err
+	}
+	join(t, ms, "second", resend) // its socket has another name
+	<-binding
+	ms.Release(t.Context(), m)
+	close(released)
 }
 
 // Without resend a served mount is given up if a request waits all the time, and only then.
