@@ -380,7 +380,7 @@ func TestLocalVolumesOutliveTheirProcesses(t *testing.T) {
 	if e.InvolvedObject.Kind != "Pod" || e.InvolvedObject.Name != "pod-a" || e.Reason != "MountLost" || !strings.Contains(e.Message, "kubectl delete pod -n ns pod-a") {
 		t.Errorf("%+v", e)
 	}
-	empty := 0 // once is the moment between unmounting what died and binding the new one
+	empty := 0                    // once is the moment between unmounting what died and binding the new one
 	n.api.Await(t, func() error { // for a container that is started again; before it finds an error, not an empty directory
 		if entries, err := os.ReadDir(target); err == nil && len(entries) == 0 {
 			if empty++; empty > 2 {
