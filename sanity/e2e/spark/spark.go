@@ -118,7 +118,7 @@ func makeData(ctx context.Context, venv, data string) error {
 		return err
 	}
 	for _, format := range []string{"parquet", "csv"} {
-		err := run(ctx, filepath.Join(venv, "bin/tpchgen-cli"), "-s", "1", "--tables=lineitem", "--parts=16", "--format="+format,
+		err := run(ctx, filepath.Join(venv, "bin/tpchgen-cli"), format, "-s", "1", "--tables=lineitem", "--parts=16",
 			"--output-dir="+filepath.Join(partial, format))
 		if err != nil {
 			return err
