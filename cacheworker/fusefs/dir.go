@@ -149,7 +149,7 @@ func (m *Mount) readFixed(dir *node, off uint64, add adder) fuse.Status {
 		if id+fixedOff <= off {
 			continue
 		}
-		n := m.table.nodes[id]
+		n := m.table.nodes.get(id)
 		var a fuse.Attr
 		m.attr(n, &a)
 		if !add(fuse.DirEntry{Name: n.name, Mode: a.Mode, Ino: a.Ino, Off: id + fixedOff}, n, time.Time{}) {

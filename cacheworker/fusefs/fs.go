@@ -267,7 +267,7 @@ func (m *Mount) validFor(at time.Time) time.Duration {
 func (m *Mount) lookupFixed(parent *node, name string, out *fuse.EntryOut) fuse.Status {
 	m.table.mu.Lock()
 	defer m.table.mu.Unlock()
-	n := m.table.names[childKey{parent.id, name}]
+	n := m.table.names.get(parent, name)
 	if n == nil {
 		return fuse.ENOENT
 	}
@@ -319,7 +319,8 @@ func (m *Mount) attr(n *node, a *fuse.Attr) {
 		a.Mode = syscall.S_IFREG | v.FileMode
 		a.Size = uint64(n.file.size)
 		a.Blocks = (a.Size + 511) / 512
-		a.SetTimes(nil, &n.file.mtime, &n.file.mtime)
+		mtime := time.Unix(0, n.file.mtime)
+		a.SetTimes(nil, &mtime, &mtime)
 		id := m.table.objectOf(n).ID()
 		a.Ino = inode(id[:])
 	case socketKind:
@@ -349,7 +350,7 @@ func inode(h []byte) uint64 {
 func (m *Mount) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
 	m.table.mu.RLock()
 	defer m.table.mu.RUnlock()
-	n := m.table.nodes[in.NodeId]
+	n := m.table.nodes.get(in.NodeId)
 	if n == nil {
 		return estale
 	}
@@ -448,7 +449,7 @@ func (m *Mount) Mknod(_ <-chan struct{}, in *fuse.MknodIn, name string, out *fus
 	}
 	m.table.mu.Lock()
 	defer m.table.mu.Unlock()
-	if m.table.names[childKey{domainID, name}] != nil && !resent(&in.InHeader) {
+	if m.table.names.get(m.table.nodes.get(domainID), name) != nil && !resent(&in.InHeader) {
 		return fuse.Status(syscall.EEXIST)
 	}
 	n := m.table.socket(name)
@@ -468,11 +469,13 @@ func (m *Mount) Unlink(_ <-chan struct{}, in *fuse.InHeader, name string) fuse.S
 	}
 	m.table.mu.Lock()
 	defer m.table.mu.Unlock()
-	key := childKey{domainID, name}
-	if m.table.names[key] == nil && !resent(in) {
+	n := m.table.names.get(m.table.nodes.get(domainID), name)
+	if n == nil && !resent(in) {
 		return fuse.ENOENT
 	}
-	delete(m.table.names, key)
+	if n != nil {
+		m.table.names.remove(n)
+	}
 	return fuse.OK
 }
 

@@ -4,7 +4,9 @@ import (
 	"encoding/binary"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -12,7 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
-	"github.com/larderfs/larder/cacheworker/object"
 )
 
 const (
@@ -114,17 +115,14 @@ func (s *Served) CatchUp() error {
 		return err
 	}
 	t.foreign = false
-	var gone []object.ID // evicted since
-	for id := range t.backed {
-		if !s.data.Load().Peek(id).Exists {
-			gone = append(gone, id)
-		}
-	}
+	backed := slices.Collect(maps.Keys(t.backed))
 	t.mu.Unlock()
-	for _, id := range gone {
-		s.Evicted(id)
-	}
-	s.later(func() {
+	s.later(func() { // readers wait
+		for _, id := range backed {
+			if !s.data.Load().Peek(id).Exists { // evicted since
+				s.Evicted(id)
+			}
+		}
 		for _, n := range t.sweep() {
 			s.letGo(n)
 		}
@@ -180,7 +178,7 @@ func (s *Served) End() {
 		}
 		s.table.mu.Lock()
 		defer s.table.mu.Unlock()
-		for _, n := range s.table.nodes {
+		for n := range s.table.nodes.all() {
 			if n.file != nil && n.file.reader != nil {
 				n.file.reader.Close()
 				n.file.reader = nil
@@ -214,10 +212,10 @@ func (s *Served) Hold() (device, memfd *os.File, backings []int32) {
 func (m *Mount) Stats() (nodes, open int) {
 	m.table.mu.RLock()
 	defer m.table.mu.RUnlock()
-	for _, n := range m.table.nodes {
+	for n := range m.table.nodes.all() {
 		if n.file != nil {
-			open += n.file.opens
+			open += int(n.file.opens)
 		}
 	}
-	return len(m.table.nodes), open
+	return m.table.nodes.len(), open
 }

@@ -4,12 +4,12 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
-	"maps"
 	"os"
 	"slices"
-	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/fill"
@@ -53,36 +53,32 @@ type node struct {
 	kind   kind
 	file   *file // of fileKind
 
-	lookups uint64 // references the kernel holds
-	pins    int    // open directories whose position it may be
-	kids    int    // nodes in the table that have it as parent
+	lookups  uint64 // references the kernel holds
+	pins     int32  // open directories whose position it may be
+	kids     int32  // nodes in the table that have it as parent
+	sameHash *node  // in a nameMap
 }
 
 // file is the part of a node that only files have.
 type file struct {
 	version string
 	size    int64
-	mtime   time.Time
+	mtime   int64 // unix nanoseconds
 	mode    mode
 
 	// Guarded by the mutex of the table.
-	checked time.Time    // when the name last led to this object
 	looked  bool         // the kernel has looked it up since the last open
 	stale   bool         // another node is opened instead: the name leads elsewhere, or the mode has had its time
 	gone    bool         // the name leads to another object, or to nothing
-	opens   int          // never too few in passthrough mode; across a SIGKILL it may be too many
-	opened  int          // in all
-	reading int          // READs under way
-	backing int32        // id in the kernel, 0 if none
 	evicted bool         // the backing file was unlinked while it was open
+	backing int32        // id in the kernel, 0 if none
+	opens   int32        // never too few in passthrough mode; across a SIGKILL it may be too many
+	opened  int32        // in all
+	reading int32        // READs under way
+	checked time.Time    // when the name last led to this object
 	reader  *fill.Reader // while it is open or being read
 
 	mu sync.Mutex // serialises opens of one node; held across requests to store and broker
-}
-
-type childKey struct {
-	parent uint64
-	name   string
 }
 
 // table maps node ids. It is written through to the mount's memfd, from which the next
@@ -91,11 +87,16 @@ type table struct {
 	store object.Store
 
 	mu     sync.RWMutex // guards everything below and the fields of nodes
-	nodes  map[uint64]*node
-	names  map[childKey]*node // where a name leads now
+	nodes  nodeMap
+	names  nameMap
 	nextID uint64
 
 	backed map[object.ID][]*node // nodes with a backing file
+	bound  *node                 // the last socket of domain/
+
+	slab     slab  // of nodes that are read from the log
+	replayed *node // the last one of them; it may have gone
+	told     int64 // bytes that tell of them: what is alive, at most
 
 	log     *os.File
 	end     int64 // of the log
@@ -112,11 +113,11 @@ type table struct {
 // The log is compacted when it has grown beyond both.
 const (
 	minCompact    = 16 << 20 // bytes
-	compactFactor = 4        // times what was alive at the last time
+	compactFactor = 2        // times what was alive at the last time
 )
 
 func newTable(log *os.File, store object.Store, dataKey string) *table {
-	t := &table{store: store, nodes: map[uint64]*node{}, names: map[childKey]*node{}, nextID: firstFree,
+	t := &table{store: store, nodes: newNodeMap(), names: newNameMap(), nextID: firstFree,
 		backed: map[object.ID][]*node{}, log: log, end: brokerwire.StateLog, limit: brokerwire.StateLog + minCompact}
 	root := &node{id: rootID, kind: rootKind, lookups: 1}
 	root.parent = root
@@ -127,9 +128,9 @@ func newTable(log *os.File, store object.Store, dataKey string) *table {
 }
 
 func (t *table) add(n *node) {
-	t.nodes[n.id] = n
+	t.nodes.add(n)
 	if n.id != rootID {
-		t.names[childKey{n.parent.id, n.name}] = n
+		t.names.set(n)
 		n.parent.kids++
 	}
 }
@@ -137,18 +138,18 @@ func (t *table) add(n *node) {
 func (t *table) get(id uint64) *node {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
-	return t.nodes[id]
+	return t.nodes.get(id)
 }
 
 // objectOf is the object that a file's node stands for.
 func (t *table) objectOf(n *node) object.Object {
-	return object.Object{Store: t.store, Key: n.parent.key + n.name, Version: n.file.version, Size: n.file.size, ModTime: n.file.mtime}
+	return object.Object{Store: t.store, Key: n.parent.key + n.name, Version: n.file.version, Size: n.file.size, ModTime: time.Unix(0, n.file.mtime)}
 }
 
 // folder returns the node that a folder's name leads to now, and makes it if need be. It and
 // the methods below want t.mu held.
 func (t *table) folder(parent *node, name string) *node {
-	n := t.names[childKey{parent.id, name}]
+	n := t.names.get(parent, name)
 	if n != nil && n.kind == dirKind {
 		return n
 	}
@@ -162,7 +163,7 @@ func (t *table) folder(parent *node, name string) *node {
 // incarnation is folder for files: the node at hand if it stands for the object and is in the
 // wanted mode, or usable in its own; otherwise a new one, and the old one is stale.
 func (t *table) incarnation(parent *node, obj object.Object, name string, want mode, now time.Time, usable func(*file) bool) *node {
-	n := t.names[childKey{parent.id, name}]
+	n := t.names.get(parent, name)
 	same := n != nil && n.kind == fileKind && n.file.of(obj)
 	if same && !n.file.stale && (n.file.mode == want || usable(n.file)) {
 		n.file.checked = now
@@ -170,7 +171,7 @@ func (t *table) incarnation(parent *node, obj object.Object, name string, want m
 	}
 	t.supersede(n, !same)
 	n = &node{id: t.newID(), parent: parent, name: name, kind: fileKind,
-		file: &file{version: obj.Version, size: obj.Size, mtime: obj.ModTime, mode: want, checked: now}}
+		file: &file{version: obj.Version, size: obj.Size, mtime: obj.ModTime.UnixNano(), mode: want, checked: now}}
 	t.add(n)
 	t.append(nodeRecord(t.scratch[:0], n))
 	return n
@@ -181,10 +182,11 @@ func (f *file) of(obj object.Object) bool { return f.version == obj.Version && f
 
 // socket makes the node of domain/<name>.
 func (t *table) socket(name string) *node {
-	if n := t.names[childKey{domainID, name}]; n != nil {
+	domain := t.nodes.get(domainID)
+	if n := t.names.get(domain, name); n != nil {
 		return n
 	}
-	n := &node{id: t.newID(), parent: t.nodes[domainID], name: name, kind: socketKind}
+	n := &node{id: t.newID(), parent: domain, name: name, kind: socketKind}
 	t.onlySocket(n)
 	t.append(nodeRecord(t.scratch[:0], n))
 	return n
@@ -192,9 +194,10 @@ func (t *table) socket(name string) *node {
 
 // onlySocket adds a socket; those of other names are of workers that will not come back.
 func (t *table) onlySocket(n *node) {
-	for _, id := range t.fixed(t.nodes[domainID]) {
-		delete(t.names, childKey{domainID, t.nodes[id].name})
+	if t.bound != nil {
+		t.names.remove(t.bound)
 	}
+	t.bound = n
 	t.add(n)
 }
 
@@ -203,14 +206,10 @@ func (t *table) fixed(dir *node) []uint64 {
 	if dir.id == rootID {
 		return []uint64{dataID, domainID}
 	}
-	var ids []uint64
-	for k, n := range t.names {
-		if k.parent == domainID {
-			ids = append(ids, n.id)
-		}
+	if n := t.bound; n != nil && t.names.get(dir, n.name) == n {
+		return []uint64{n.id}
 	}
-	slices.Sort(ids)
-	return ids
+	return nil
 }
 
 // setBacking notes the node's backing id; 0 takes it away.
@@ -240,7 +239,7 @@ func (t *table) supersede(n *node, gone bool) {
 }
 
 // setOpens notes how often a file is open.
-func (t *table) setOpens(n *node, opens int) {
+func (t *table) setOpens(n *node, opens int32) {
 	n.file.opens = max(0, opens)
 	if n.file.mode == passthrough {
 		t.append(countRecord(t.scratch[:0], recOpens, n.id, uint32(n.file.opens)))
@@ -257,7 +256,7 @@ func (t *table) referenced(n *node) {
 func (t *table) forget(id, count uint64) *node {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	n := t.nodes[id]
+	n := t.nodes.get(id)
 	if n == nil || id < firstFree {
 		return nil
 	}
@@ -268,13 +267,11 @@ func (t *table) forget(id, count uint64) *node {
 
 // drop removes a node that nothing refers to.
 func (t *table) drop(n *node) *node {
-	if n.lookups > 0 || n.pins > 0 || n.kids > 0 || n.id < firstFree || n.kind == socketKind || t.nodes[n.id] != n {
+	if n.lookups > 0 || n.pins > 0 || n.kids > 0 || n.id < firstFree || n.kind == socketKind || t.nodes.get(n.id) != n {
 		return nil
 	}
-	delete(t.nodes, n.id)
-	if k := (childKey{n.parent.id, n.name}); t.names[k] == n {
-		delete(t.names, k)
-	}
+	t.nodes.remove(n.id)
+	t.names.remove(n)
 	n.parent.kids--
 	t.drop(n.parent)
 	return n
@@ -311,7 +308,7 @@ func nodeRecord(b []byte, n *node) []byte {
 	if f := n.file; f != nil {
 		b = append(b, byte(f.mode))
 		b = binary.LittleEndian.AppendUint64(b, uint64(f.size))
-		b = binary.LittleEndian.AppendUint64(b, uint64(f.mtime.UnixNano()))
+		b = binary.LittleEndian.AppendUint64(b, uint64(f.mtime))
 		b = append(b, f.version...)
 	}
 	return seal(b, start)
@@ -353,13 +350,19 @@ func (t *table) load() error {
 
 // readOn is load with t.mu held.
 func (t *table) readOn() error {
-	b, err := t.read(t.end)
+	b, done, err := t.view(t.end)
 	if err != nil {
 		return err
+	}
+	defer done()
+	t.replayed = nil
+	if n := countNodes(b); n > t.names.len() {
+		t.names.grow(n)
 	}
 	for {
 		rec, body, size := nextRecord(b)
 		if size == 0 {
+			t.limit = max(t.limit, brokerwire.StateLog+compactFactor*t.told)
 			return nil
 		}
 		t.replay(rec, body)
@@ -368,17 +371,21 @@ func (t *table) readOn() error {
 	}
 }
 
-// read returns the log from an offset on, with what may be behind its end.
-func (t *table) read(from int64) ([]byte, error) {
+// view is the log from an offset on, with what may be behind its end, until done is called.
+func (t *table) view(from int64) (b []byte, done func(), err error) {
 	st, err := t.log.Stat()
 	if err != nil {
-		return nil, fmt.Errorf("node table: %w", err)
+		return nil, nil, fmt.Errorf("node table: %w", err)
 	}
-	b := make([]byte, max(0, st.Size()-from))
-	if _, err := t.log.ReadAt(b, from); err != nil {
-		return nil, fmt.Errorf("node table: %w", err)
+	if st.Size() <= from {
+		return nil, func() {}, nil
 	}
-	return b, nil
+	start := from &^ int64(os.Getpagesize()-1)
+	m, err := unix.Mmap(int(t.log.Fd()), start, int(st.Size()-start), unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
+	if err != nil {
+		return nil, nil, fmt.Errorf("node table: %w", err)
+	}
+	return m[from-start:], func() { unix.Munmap(m) }, nil
 }
 
 // sweep removes what nothing refers to, and returns the files of it: nodes that were forgotten, or never
@@ -389,7 +396,7 @@ func (t *table) sweep() (files []*node) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	seen := 0
-	for _, n := range t.nodes {
+	for n := range t.nodes.all() {
 		if t.drop(n) != nil && n.file != nil {
 			files = append(files, n)
 		}
@@ -409,10 +416,11 @@ func (t *table) recall(id uint64) *node {
 	if id < firstFree || id >= t.nextID || t.log == nil {
 		return nil
 	}
-	b, err := t.read(brokerwire.StateLog)
+	b, done, err := t.view(brokerwire.StateLog)
 	if err != nil {
 		return nil
 	}
+	defer done()
 	for {
 		rec, body, size := nextRecord(b)
 		if size == 0 {
@@ -437,6 +445,21 @@ func nextRecord(b []byte) (rec byte, body []byte, size int) {
 	return b[recHead-1], b[recHead:end], end + 4
 }
 
+// countNodes is how many nodes a log tells of, at most.
+func countNodes(b []byte) (nodes int) {
+	for len(b) >= recHead+4 {
+		n := int(binary.LittleEndian.Uint32(b))
+		if n == 0 || n > len(b)-recHead-4 {
+			break
+		}
+		if b[recHead-1] == recNode {
+			nodes++
+		}
+		b = b[recHead+n+4:]
+	}
+	return nodes
+}
+
 // replay applies a record; one that makes no sense is passed over.
 func (t *table) replay(rec byte, b []byte) {
 	if len(b) < 8 {
@@ -445,13 +468,17 @@ func (t *table) replay(rec byte, b []byte) {
 	id := binary.LittleEndian.Uint64(b)
 	switch rec {
 	case recNode:
+		t.told += int64(len(b)) + 2*(recHead+4) + 12 // with a record of its references
 		t.replayNode(id, b[8:])
 		return
 	case recNext:
 		t.nextID = max(t.nextID, id)
 		return
 	}
-	n := t.nodes[id]
+	n := t.replayed // most records are about the node before them
+	if n == nil || n.id != id {
+		n = t.nodes.get(id)
+	}
 	if n == nil || len(b) < 12 {
 		return
 	}
@@ -466,13 +493,11 @@ func (t *table) replay(rec byte, b []byte) {
 			t.replayBacking(n, int32(count))
 		}
 	case recUnnamed:
-		if k := (childKey{n.parent.id, n.name}); t.names[k] == n {
-			delete(t.names, k)
-		}
+		t.names.remove(n)
 		t.supersede(n, false)
 	case recOpens:
 		if n.file != nil {
-			n.file.opens = int(min(count, 1<<31-1))
+			n.file.opens = int32(min(count, 1<<31-1))
 		}
 	}
 }
@@ -490,32 +515,46 @@ func (t *table) replayNode(id uint64, b []byte) {
 	if len(b) < 10 || len(b) < 10+int(b[9]) {
 		return
 	}
-	parent := t.nodes[binary.LittleEndian.Uint64(b)]
-	n := &node{id: id, parent: parent, kind: kind(b[8]), name: strings.Clone(string(b[10 : 10+int(b[9])]))}
-	b = b[10+int(b[9]):]
-	if parent == nil || id < firstFree || t.nodes[id] != nil {
+	parent, name := t.replayedParent(binary.LittleEndian.Uint64(b)), b[10:10+int(b[9])]
+	kind, b := kind(b[8]), b[10+len(name):]
+	if parent == nil || id < firstFree || id < t.nextID && t.nodes.get(id) != nil || kind == fileKind && len(b) < 17 {
 		return
 	}
-	t.nextID = max(t.nextID, id+1)
-	was := t.names[childKey{parent.id, n.name}]
-	switch n.kind {
-	case dirKind:
-		n.key = parent.key + n.name + "/"
-		t.supersede(was, true)
+	var n *node
+	switch kind {
 	case fileKind:
-		if len(b) < 17 {
-			return
-		}
-		n.file = &file{mode: mode(b[0]), size: int64(binary.LittleEndian.Uint64(b[1:])),
-			mtime: time.Unix(0, int64(binary.LittleEndian.Uint64(b[9:]))), version: string(b[17:])}
-		t.supersede(was, was == nil || was.file == nil || was.file.version != n.file.version || was.file.size != n.file.size)
-	case socketKind:
-		t.onlySocket(n)
-		return
+		n = t.slab.file()
+	case dirKind, socketKind:
+		n = &node{}
 	default:
 		return
 	}
-	t.add(n)
+	n.id, n.parent, n.kind, n.name = id, parent, kind, t.slab.text(name)
+	t.nextID, t.replayed = max(t.nextID, id+1), n
+	if kind == socketKind {
+		t.onlySocket(n)
+		return
+	}
+	t.nodes.add(n)
+	parent.kids++
+	was := t.names.set(n)
+	if kind == dirKind {
+		n.key = parent.key + n.name + "/"
+		t.supersede(was, true)
+		return
+	}
+	f := n.file
+	f.mode, f.version = mode(b[0]), t.slab.text(b[17:])
+	f.size, f.mtime = int64(binary.LittleEndian.Uint64(b[1:])), int64(binary.LittleEndian.Uint64(b[9:]))
+	t.supersede(was, was == nil || was.file == nil || was.file.version != f.version || was.file.size != f.size)
+}
+
+// replayedParent is nodes.get, but for the parent of a node in the same folder as the one before.
+func (t *table) replayedParent(id uint64) *node {
+	if n := t.replayed; n != nil && n.parent.id == id {
+		return n.parent
+	}
+	return t.nodes.get(id)
 }
 
 // startCompaction writes what is alive to a new memfd, which from then on gets every record that the old
@@ -536,10 +575,9 @@ func (t *table) startCompaction() (*os.File, error) {
 	}
 	w := &recordWriter{f: fresh, end: brokerwire.StateLog}
 	w.b = countRecord(w.b, recNext, t.nextID, 0)
-	for _, id := range slices.Sorted(maps.Keys(t.nodes)) { // parents first
-		if id >= firstFree {
-			n := t.nodes[id]
-			w.node(n, t.names[childKey{n.parent.id, n.name}] == n)
+	for n := range t.nodes.sorted() { // parents first
+		if n.id >= firstFree {
+			w.node(n, t.names.get(n.parent, n.name) == n)
 		}
 	}
 	if w.flush(); w.err != nil {

@@ -46,7 +46,7 @@ func loaded(t testing.TB, log *os.File) *table {
 func image(t *table) []string {
 	var out []string
 	needed := map[uint64]bool{}
-	for _, n := range t.nodes {
+	for n := range t.nodes.all() {
 		for p := n; n.lookups > 0 || n.kind == socketKind; p = p.parent {
 			needed[p.id] = true
 			if p.id == rootID {
@@ -54,16 +54,16 @@ func image(t *table) []string {
 			}
 		}
 	}
-	for _, n := range t.nodes {
+	for n := range t.nodes.all() {
 		if !needed[n.id] || n.id < firstFree {
 			continue
 		}
 		s := fmt.Sprintf("%d in %d %q key %q kind %d lookups %d", n.id, n.parent.id, n.name, n.key, n.kind, n.lookups)
-		if t.names[childKey{n.parent.id, n.name}] == n {
+		if t.names.get(n.parent, n.name) == n {
 			s += " named"
 		}
 		if f := n.file; f != nil {
-			s += fmt.Sprintf(" version %s size %d mtime %d mode %d backing %d opens %d stale %v", f.version, f.size, f.mtime.UnixNano(), f.mode,
+			s += fmt.Sprintf(" version %s size %d mtime %d mode %d backing %d opens %d stale %v", f.version, f.size, f.mtime, f.mode,
 				f.backing, n.opens(), f.stale)
 			if slices.Contains(t.backed[t.objectOf(n).ID()], n) {
 				s += " backed"
@@ -78,11 +78,14 @@ func image(t *table) []string {
 // consistent checks what holds of every table.
 func consistent(t testing.TB, tab *table) {
 	t.Helper()
-	kids := map[*node]int{}
-	for id, n := range tab.nodes {
-		if n.id != id || tab.nodes[n.parent.id] != n.parent {
-			t.Fatalf("node %d has id %d, or its parent %d is not in the table", id, n.id, n.parent.id)
+	kids := map[*node]int32{}
+	count := 0
+	for n := range tab.nodes.all() {
+		id := n.id
+		if tab.nodes.get(id) != n || tab.nodes.get(n.parent.id) != n.parent {
+			t.Fatalf("node %d or its parent %d is not in the table", id, n.parent.id)
 		}
+		count++
 		if id != rootID {
 			kids[n.parent]++
 		}
@@ -90,14 +93,17 @@ func consistent(t testing.TB, tab *table) {
 			t.Fatalf("node %d will be made again", id)
 		}
 	}
-	for _, n := range tab.nodes {
+	for n := range tab.nodes.all() {
 		if n.kids != kids[n] {
 			t.Fatalf("node %d has %d kids and counts %d", n.id, kids[n], n.kids)
 		}
 	}
-	for k, n := range tab.names {
-		if tab.nodes[n.id] != n || k != (childKey{n.parent.id, n.name}) {
-			t.Fatalf("name %v leads to node %d", k, n.id)
+	if count != tab.nodes.len() {
+		t.Fatalf("%d nodes, counted as %d", count, tab.nodes.len())
+	}
+	for n := range tab.names.all() {
+		if tab.nodes.get(n.id) != n || tab.names.get(n.parent, n.name) != n {
+			t.Fatalf("name %q in %d leads to node %d", n.name, n.parent.id, n.id)
 		}
 	}
 	for _, ns := range tab.backed {
@@ -136,7 +142,7 @@ type model struct {
 
 func (m *model) any(ok func(*node) bool) *node {
 	var ns []*node
-	for _, n := range m.nodes {
+	for n := range m.nodes.all() {
 		if ok(n) {
 			ns = append(ns, n)
 		}
@@ -176,7 +182,7 @@ func (m *model) step() {
 		}
 	case 6:
 		if n := m.any(isFile); n != nil {
-			m.setOpens(n, m.r.IntN(4))
+			m.setOpens(n, m.r.Int32N(4))
 		}
 	case 7:
 		m.referenced(m.socket(fmt.Sprint("uuid", m.r.IntN(3))))
@@ -242,7 +248,7 @@ func TestTheNextWorkerReadsOnWhileThisOneWrites(t *testing.T) {
 		for range m.r.IntN(20) {
 			m.step()
 		}
-		torn := nodeRecord(nil, &node{id: m.nextID, parent: m.nodes[dataID], name: "torn", kind: dirKind})
+		torn := nodeRecord(nil, &node{id: m.nextID, parent: m.nodes.get(dataID), name: "torn", kind: dirKind})
 		if _, err := m.log.WriteAt(torn[:m.r.IntN(len(torn))], m.end); err != nil {
 			t.Fatal(err)
 		}
@@ -265,7 +271,7 @@ func TestATornRecordAndWhatIsBehindItAreIgnored(t *testing.T) {
 		m.step()
 	}
 	want, end := loaded(t, m.log), m.end
-	last := nodeRecord(nil, &node{id: m.nextID, parent: m.nodes[dataID], name: "torn", kind: dirKind})
+	last := nodeRecord(nil, &node{id: m.nextID, parent: m.nodes.get(dataID), name: "torn", kind: dirKind})
 	for cut := range len(last) { // any length of it was written, and rubbish of before is behind
 		log := copyLog(t, m.log, end)
 		if _, err := log.WriteAt(append(slices.Clone(last[:cut]), 0xff, 0xff, 3), end); err != nil {
@@ -276,7 +282,7 @@ func TestATornRecordAndWhatIsBehindItAreIgnored(t *testing.T) {
 		if got.end != end {
 			t.Fatalf("%d bytes written: it goes on at %d, want %d", cut, got.end, end)
 		}
-		got.folder(got.nodes[dataID], "next").lookups++ // goes on there
+		got.folder(got.nodes.get(dataID), "next").lookups++ // goes on there
 		got.append(countRecord(nil, recLookup, got.nextID-1, 1))
 		same(t, "then", loaded(t, log), got)
 	}
@@ -352,7 +358,7 @@ func TestTheLogIsCompactedWhenItHasGrown(t *testing.T) {
 	grow := func(n int) {
 		for range n {
 			m.mu.Lock()
-			m.referenced(m.nodes[dataID])
+			m.referenced(m.nodes.get(dataID))
 			m.mu.Unlock()
 		}
 	}
@@ -484,8 +490,8 @@ func TestADetachedTableWritesNothing(t *testing.T) {
 func TestRecallFindsWhatWasDropped(t *testing.T) {
 	tab := newTable(newLog(t), testStore, "set/")
 	long := strings.Repeat("x", 255)
-	f := tab.incarnation(tab.nodes[dataID], object.Object{Version: "v"}, long, cached, time.Time{}, nil)
-	d := tab.folder(tab.nodes[dataID], "d")
+	f := tab.incarnation(tab.nodes.get(dataID), object.Object{Version: "v"}, long, cached, time.Time{}, nil)
+	d := tab.folder(tab.nodes.get(dataID), "d")
 	tab.drop(f)
 	tab.drop(d)
 	if n := tab.recall(f.id); n == nil || n.name != long || n.kind != fileKind {
@@ -541,7 +547,7 @@ func FuzzReplay(f *testing.F) {
 		consistent(t, tab)
 		tab.mu.Lock()
 		defer tab.mu.Unlock()
-		n := tab.folder(tab.nodes[dataID], "new")
+		n := tab.folder(tab.nodes.get(dataID), "new")
 		tab.referenced(tab.incarnation(n, object.Object{Version: "v"}, "f", cached, time.Time{}, func(*file) bool { return false }))
 		tab.socket("another")
 		consistent(t, tab)

@@ -374,9 +374,9 @@ func (w *world) node(name string) *node {
 	t := w.served().table
 	t.mu.RLock()
 	defer t.mu.RUnlock()
-	n := t.nodes[dataID]
+	n := t.nodes.get(dataID)
 	for part := range strings.SplitSeq(name, "/") {
-		if n = t.names[childKey{n.id, part}]; n == nil {
+		if n = t.names.get(n, part); n == nil {
 			return nil
 		}
 	}
