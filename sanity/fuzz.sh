@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 list() {
-	grep -rHoE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]*' . |
+	grep -rHoE --exclude-dir=build --include='*_test.go' '^func Fuzz[A-Za-z0-9_]*' . |
 		sed -E 's#^(.*)/[^/]*:func (Fuzz.*)$#\1 \2#' | sort
 }
 
