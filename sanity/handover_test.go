@@ -406,6 +406,13 @@ func quantiles(of []gaps, name string) string {
 // there is none.
 func serving(t *testing.T, dir string) (pid, volumes int) {
 	t.Helper()
+	st := workerStatus(t, dir)
+	return int(st.GetPid()), len(st.GetVolumes())
+}
+
+// workerStatus is nil while there is no worker.
+func workerStatus(t *testing.T, dir string) *workerpb.WorkerStatus {
+	t.Helper()
 	conn, err := grpc.NewClient("passthrough:///worker", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 			return brokerwire.DialStream(ctx, filepath.Join(dir, "run", "worker.sock"))
@@ -416,7 +423,7 @@ func serving(t *testing.T, dir string) (pid, volumes int) {
 	defer conn.Close()
 	st, err := workerpb.NewWorkerClient(conn).Status(t.Context(), &workerpb.StatusRequest{})
 	if err != nil {
-		return 0, 0
+		return nil
 	}
-	return int(st.GetPid()), len(st.GetVolumes())
+	return st
 }

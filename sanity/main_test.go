@@ -21,6 +21,9 @@ func TestMain(m *testing.M) {
 	if data := os.Getenv(loopsEnv); data != "" {
 		runLoops(data)
 	}
+	if data := os.Getenv(holderEnv); data != "" {
+		runHolder(data)
+	}
 	os.Exit(leak.Run(built{m}))
 }
 

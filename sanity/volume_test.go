@@ -2,6 +2,7 @@ package sanity
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -158,6 +159,7 @@ type apart struct {
 	dir    string
 	inline string              // the endpoint that inline volumes may name
 	more   map[string][]string // arguments of one process; {dir} stands for dir
+	binary map[string]string   // of one process, if not larderBinary
 	procs  map[string]*exec.Cmd
 	t      *testing.T
 }
@@ -174,7 +176,7 @@ func startApart(t *testing.T, inlineEndpoint string, more ...string) *apart {
 		}
 	}
 	a := &apart{dir: dir, inline: inlineEndpoint, procs: map[string]*exec.Cmd{}, t: t}
-	a.more = map[string][]string{}
+	a.more, a.binary = map[string][]string{}, map[string]string{}
 	for i := 0; i < len(more); i += 2 { // process, argument
 		a.more[more[i]] = append(a.more[more[i]], more[i+1])
 	}
@@ -206,7 +208,7 @@ func (a *apart) start(name string) {
 	for _, arg := range a.more[name] {
 		args = append(args, strings.ReplaceAll(arg, "{dir}", a.dir))
 	}
-	cmd := exec.Command(larderBinary, args...)
+	cmd := exec.Command(cmp.Or(a.binary[name], larderBinary), args...)
 	log, err := os.OpenFile(filepath.Join(a.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		a.t.Fatal(err)

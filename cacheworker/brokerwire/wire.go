@@ -28,7 +28,7 @@ import (
 // be added, if they can be done without: an unknown field is ignored, an unknown verb refused.
 const (
 	Version = 1 // the newest that this build speaks
-	Oldest  = 1 // the oldest; at most one behind what the release before spoke
+	Oldest  = 1 // the oldest that it still speaks: what the release before spoke, at least
 )
 
 // agreed is the version to speak with a peer that knows those from oldest to newest.
