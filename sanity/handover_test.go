@@ -363,16 +363,21 @@ func TestHandOverThatFails(t *testing.T) {
 
 // ready asks the worker's readiness.
 func ready(dir string) bool {
-	c := http.Client{Timeout: time.Second, Transport: &http.Transport{DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return brokerwire.DialStream(ctx, filepath.Join(dir, "run", "worker-metrics.sock"))
-		}}}
-	r, err := c.Get("http://worker/readyz")
+	r, err := askWorker(dir, "/readyz")
 	if err != nil {
 		return false
 	}
 	r.Body.Close()
 	return r.StatusCode == http.StatusOK
+}
+
+// askWorker asks the worker over HTTP.
+func askWorker(dir, path string) (*http.Response, error) {
+	c := http.Client{Timeout: time.Second, Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return brokerwire.DialStream(ctx, filepath.Join(dir, "run", "worker-metrics.sock"))
+		}}}
+	return c.Get("http://worker" + path)
 }
 
 func descriptors(pid int, path string) (n int) {

@@ -205,6 +205,63 @@ func TestWorkerNeverReturns(t *testing.T) {
 	}
 }
 
+// metric is the value of one of the worker's.
+func metric(t *testing.T, dir, name string) (value float64) {
+	t.Helper()
+	r, err := askWorker(dir, "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Body.Close()
+	for lines := bufio.NewScanner(r.Body); lines.Scan(); {
+		if n, _ := fmt.Sscanf(lines.Text(), name+" %g", &value); n == 1 {
+			return value
+		}
+	}
+	t.Fatalf("the worker has no metric %s", name)
+	return 0
+}
+
+// A take-over is told: in the status, in the metrics and in the log.
+func TestATakeOverIsTold(t *testing.T) {
+	store := s3test.Start(t)
+	put(t, store, map[string][]byte{"ds/f": pattern(2<<20, 7)})
+	a := startApart(t, store.Endpoint)
+	_, target := publish(t, a.Kubelet, bucket(store, "v", "ds"))
+	store.SetHook(s3test.Times(1, s3test.Get, s3test.Stall(1)))
+	read := make(chan string, 1)
+	go func() {
+		out, err := shell(t, "sha256sum < "+target+"/data/f")
+		read <- fmt.Sprint(out, err)
+	}()
+	a.await(func() bool { // the READ is at the worker
+		return slices.ContainsFunc(store.Requests(), func(r s3test.Request) bool { return r.Key == "ds/f" && r.Kind == s3test.Get })
+	})
+	a.end("worker", syscall.SIGKILL)
+	if m := a.status().Mounts[0]; m.Served || m.Worker != "" || m.WorkerSince.IsZero() {
+		t.Errorf("without a worker: %+v", m)
+	}
+	store.SetHook(nil)
+	a.start("worker")
+	if got := <-read; !strings.HasPrefix(got, sum(pattern(2<<20, 7))) {
+		t.Errorf("the read ended with %s", got)
+	}
+	a.await(func() bool { return a.status().Mounts[0].Takeovers == 1 }) // the read goes on before it is noted
+	s := a.status()
+	if m := s.Mounts[0]; s.ResentRequests == 0 || !m.Served || m.Takeovers != 1 || m.LongestStallSeconds <= 0 || len(m.Without) != 0 {
+		t.Errorf("after the take-over: %+v", s)
+	}
+	if got := metric(t, a.dir, "larder_resent_requests_total"); got != float64(s.ResentRequests) {
+		t.Errorf("%v resent requests, the status says %d", got, s.ResentRequests)
+	}
+	log, err := os.ReadFile(filepath.Join(a.dir, "log"))
+	for _, want := range []string{"msg=take-over process=node volume=", "answers what an earlier worker left"} {
+		if err != nil || !strings.Contains(string(log), want) {
+			t.Errorf("the log does not say %q: %v", want, err)
+		}
+	}
+}
+
 // Without RESEND a request in flight at a SIGKILL hangs until the deadline; everything else
 // goes on, and the log says which guarantee is weaker.
 func TestKernelWithoutResend(t *testing.T) {
@@ -218,6 +275,7 @@ func TestKernelWithoutResend(t *testing.T) {
 	if got, err := f.read(); err != nil || !strings.HasPrefix(got, sum(pattern(2<<20, 7))) {
 		t.Errorf("a file that was open: %q, %v", got, err)
 	}
+	a.await(func() bool { return a.status().Mounts[0].Takeovers == 1 }) // the read goes on before it is noted
 	if s := a.status(); s.BrokerPID != a.procs["node"].Process.Pid || len(s.Mounts) != 1 {
 		t.Errorf("status: %+v; the broker is %d", s, a.procs["node"].Process.Pid)
 	} else if m := s.Mounts[0]; m.Worker != s.UUID || m.WorkerPID != a.procs["worker"].Process.Pid || m.Takeovers != 1 ||
