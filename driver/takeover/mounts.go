@@ -25,8 +25,8 @@ import (
 
 const (
 	adoptTimeout = 30 * time.Second // for a worker to answer INIT and check its source
-	yieldTimeout = 10 * time.Second // for a worker to end when its heir is ready
-	dropTimeout  = 2 * time.Second  // for a worker to let go; one that is stopped must not keep an unmount waiting
+	yieldTimeout = 10 * time.Second
+	dropTimeout  = 2 * time.Second // for a worker to let go; one that is stopped must not keep an unmount waiting
 	guardEvery   = 100 * time.Millisecond
 )
 
@@ -47,6 +47,7 @@ type Config struct {
 // Mounts are those that are held, and who serves them. Safe for concurrent use.
 type Mounts struct {
 	cfg      Config
+	patience time.Duration  // for a worker to end when its heir is ready
 	tasks    sync.WaitGroup // hand-overs and guards under way
 	stopping chan struct{}  // closed by Close
 
@@ -61,7 +62,7 @@ type Mounts struct {
 
 // New holds nothing yet.
 func New(cfg Config) *Mounts {
-	return &Mounts{cfg: cfg, held: map[string]*Mount{}, came: make(chan struct{}), stopping: make(chan struct{}), observed: observe()}
+	return &Mounts{cfg: cfg, patience: yieldTimeout, held: map[string]*Mount{}, came: make(chan struct{}), stopping: make(chan struct{}), observed: observe()}
 }
 
 // Close ends hand-overs and deadlines, and lets go of what is held.
@@ -161,7 +162,7 @@ func (ms *Mounts) succeed(old, heir *brokerwire.Session) {
 		return
 	}
 	old.Call(ctx, brokerwire.Message{Verb: brokerwire.Yield}) // so does this
-	t := time.NewTimer(yieldTimeout)
+	t := time.NewTimer(ms.patience)
 	defer t.Stop()
 	select {
 	case <-came:
