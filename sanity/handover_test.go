@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -261,7 +262,7 @@ func TestPlannedHandOver(t *testing.T) {
 		quiet = append(quiet, l.take())
 	}
 	for _, name := range []string{"open", "worker", "readdir", "stat"} {
-		t.Logf("longest %-8s over %d hand-overs %s; without %s", name, rounds, quantiles(handed, name), quantiles(quiet, name))
+		t.Logf("longest %-8s over %d hand-overs %s; without %s", name, rounds, quantiles(of(handed, name)), quantiles(of(quiet, name)))
 	}
 	st, err := s.Status(t.Context())
 	if err != nil || st.Takeovers != int64(rounds) {
@@ -271,6 +272,15 @@ func TestPlannedHandOver(t *testing.T) {
 	if err != nil || strings.Contains(string(log), "level=ERROR") {
 		t.Errorf("errors in the log: %v", err)
 	}
+	var stalls []time.Duration
+	for _, m := range regexp.MustCompile(`msg=take-over .* stall=(\S+)`).FindAllStringSubmatch(string(log), -1) {
+		d, err := time.ParseDuration(m[1])
+		if err != nil {
+			t.Error(err)
+		}
+		stalls = append(stalls, d)
+	}
+	t.Logf("from the end of one process to the answers of the other: %s", quantiles(stalls))
 }
 
 // What dies or hangs in the middle of a hand-over costs no mount and no reader an error. The broker
@@ -398,12 +408,18 @@ func (a *apart) signal(name string, sig syscall.Signal) {
 	}
 }
 
-func quantiles(of []gaps, name string) string {
-	var ds []time.Duration
-	for _, g := range of {
+func of(all []gaps, name string) (ds []time.Duration) {
+	for _, g := range all {
 		ds = append(ds, g[name])
 	}
+	return ds
+}
+
+func quantiles(ds []time.Duration) string {
 	slices.Sort(ds)
+	if len(ds) == 0 {
+		return "unknown"
+	}
 	return fmt.Sprintf("p50 %v, max %v", ds[len(ds)/2].Round(100*time.Microsecond), ds[len(ds)-1].Round(100*time.Microsecond))
 }
 
