@@ -25,6 +25,7 @@ import (
 const (
 	askTimeout = 10 * time.Second // for the elder to free the directory
 	giveWithin = 30 * time.Second // for the next worker to be ready; then this one ends all the same
+	goWithin   = time.Second      // for the threads of this process to leave /dev/fuse, when the next worker is ready
 )
 
 // handover is a planned upgrade (DESIGN §6): the worker that has the cache directory, the elder, gives it
@@ -90,6 +91,9 @@ func (h *handover) end(err error) {
 func (w *Worker) yield(why string) {
 	if w.stage() == brokerwire.Giving {
 		w.log.Info("the next worker is ready: ending")
+		if err := w.mounts.letGo(); err != nil {
+			w.log.Warn("the next worker waits for the end of this process", "err", err)
+		}
 		w.end(nil)
 		return
 	}

@@ -415,6 +415,26 @@ func (ms *mounts) drop(id string) error {
 	return nil
 }
 
+// letGo takes all mounts from this process, for good, and says so to the broker by hanging up. An
+// error leaves that to the end of the process: it may still take a request.
+func (ms *mounts) letGo() error {
+	ctx, cancel := context.WithTimeout(context.Background(), goWithin)
+	defer cancel()
+	var errs []error
+	for _, h := range ms.all() {
+		errs = append(errs, h.Detach())
+	}
+	if err := errors.Join(append(errs, fusefs.AwaitReaders(ctx))...); err != nil {
+		return err
+	}
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	if ms.peer != nil {
+		ms.peer.Close()
+	}
+	return nil
+}
+
 // detach lets go of all mounts without answering what is in flight.
 func (ms *mounts) detach() {
 	for _, h := range ms.all() {

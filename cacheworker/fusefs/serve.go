@@ -1,14 +1,18 @@
 package fusefs
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"log/slog"
 	"maps"
 	"os"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
@@ -142,19 +146,65 @@ func (s *Served) Serve() {
 }
 
 // Detach takes the connection away from this process's server: what it still answers reaches nobody, and
-// the next worker is asked again. For a process that is about to end.
+// the next worker is asked again. For a process that is about to end, and after AwaitReaders also for one
+// that is not.
 func (s *Served) Detach() error {
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	// Reads of it wait, for the end of the process: its other end stays open.
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return fmt.Errorf("detach: %w", err)
 	}
-	defer null.Close()
-	if err := unix.Dup3(int(null.Fd()), s.fd, unix.O_CLOEXEC); err != nil {
+	defer unix.Close(pair[0])
+	if err := unix.Dup3(pair[0], s.fd, unix.O_CLOEXEC); err != nil {
 		return fmt.Errorf("detach: %w", err)
 	}
 	s.table.detach()
 	s.close()
 	return nil
+}
+
+// AwaitReaders returns when no thread of this process is in a read(2) any more that has begun before,
+// and could still take a request of a mount that was detached. A signal interrupts it, and is
+// not pending any more when the thread has left the kernel; a restarted read finds another file.
+func AwaitReaders(ctx context.Context) error {
+	threads, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		return err
+	}
+	const sig = unix.SIGURG // which the Go runtime handles, in each of its threads, and takes for nothing
+	for _, t := range threads {
+		tid, err := strconv.Atoi(t.Name())
+		if err == nil {
+			err = unix.Tgkill(os.Getpid(), tid, sig)
+		}
+		if err != nil && err != unix.ESRCH {
+			return fmt.Errorf("interrupt thread %s: %w", t.Name(), err)
+		}
+	}
+	tick := time.NewTicker(100 * time.Microsecond) // nothing tells
+	defer tick.Stop()
+	for _, t := range threads {
+		for pending(t.Name(), sig) {
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				return fmt.Errorf("thread %s stays in the kernel: %w", t.Name(), context.Cause(ctx))
+			}
+		}
+	}
+	return nil
+}
+
+// pending reports whether a thread has not taken a signal that was sent to it.
+func pending(tid string, sig unix.Signal) bool {
+	b, err := os.ReadFile("/proc/self/task/" + tid + "/status")
+	if err != nil { // it has ended
+		return false
+	}
+	_, mask, _ := strings.Cut(string(b), "SigPnd:")
+	mask, _, _ = strings.Cut(mask, "\n")
+	bits, err := strconv.ParseUint(strings.TrimSpace(mask), 16, 64)
+	return err != nil || bits>>(sig-1)&1 == 1
 }
 
 // askAgain has the kernel deliver every request again that was read and not answered.

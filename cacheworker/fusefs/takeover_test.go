@@ -39,6 +39,7 @@ func serveMounts() {
 	src, err := filesource.New(filesource.Config{Root: filepath.Join(dir, "root"), Name: "/root", NodeKey: []byte("key")})
 	fail(err)
 	w := &testWorker{log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError})), src: src, features: allFeatures}
+	w.features.Resend = os.Getenv("LARDER_NO_RESEND") == ""
 	out := json.NewEncoder(os.Stdout)
 	if os.Getenv("LARDER_HANG") != "" { // the first worker; its table is compacted again and again
 		w.compact = 50_000
@@ -59,6 +60,14 @@ func serveMounts() {
 				nodes, _ = s.Stats()
 			}
 			fail(out.Encode(fmt.Sprint(nodes)))
+		case "let go": // and stay
+			fail(w.store.HandOver())
+			for _, s := range w.all() {
+				fail(s.Detach())
+			}
+			fail(AwaitReaders(context.Background()))
+			fail(w.peer.Close())
+			fail(out.Encode("gone"))
 		case "end":
 			for _, s := range w.all() {
 				fail(s.Detach())
@@ -152,6 +161,12 @@ func (p *process) end() {
 	})
 }
 
+// letGo has it let go of its mounts and live on.
+func (p *process) letGo() {
+	fmt.Fprintln(p.in, "let go")
+	p.expect("gone")
+}
+
 // takeoverWorld is a volume on real files, served by processes.
 type takeoverWorld struct {
 	*world
@@ -209,7 +224,7 @@ func (w *takeoverWorld) forgetAll(p *process) {
 }
 
 func TestReadersDoNotNoticeThatTheWorkerIsReplaced(t *testing.T) {
-	for name, replace := range map[string]func(*process){"killed": (*process).kill, "ended": (*process).end} {
+	for name, replace := range map[string]func(*process){"killed": (*process).kill, "ended": (*process).end, "let go": (*process).letGo} {
 		t.Run(name, func(t *testing.T) {
 			w := newTakeover(t)
 			first := w.startWorker("LARDER_HANG=1")
@@ -307,5 +322,29 @@ func TestReadersDoNotNoticeThatTheWorkerIsReplaced(t *testing.T) {
 				t.Errorf("the broker lists %+v, %v", ms, err)
 			}
 		})
+	}
+}
+
+// A worker that has let go of its mounts and lives on takes no request any more: on a kernel that
+// delivers none again it would be lost.
+func TestAWorkerThatHasLetGoTakesNoRequest(t *testing.T) {
+	w := newTakeover(t)
+	first := w.startWorker("LARDER_NO_RESEND=1")
+	w.mountVolume(brokerwire.Volume{Source: "file:///"})
+	for range 5 {
+		w.u.must(call{Op: "stat", Path: w.data("cold")})
+		first.letGo()
+		var asked []<-chan answer
+		for i := range 20 {
+			asked = append(asked, w.u.ask(call{Op: "stat", Path: w.data(fmt.Sprint("none-", i))}))
+		}
+		next := w.startWorker("LARDER_NO_RESEND=1")
+		for _, a := range asked {
+			if got := await(t, a, "a look-up"); got.Errno != unix.ENOENT {
+				t.Errorf("a look-up of what is not there: %v", got.Errno)
+			}
+		}
+		first.kill()
+		first = next
 	}
 }
