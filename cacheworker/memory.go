@@ -7,8 +7,11 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"strings"
+	"sync"
+	"time"
 
 	"github.com/larderfs/larder/cacheworker/fill"
 )
@@ -39,6 +42,28 @@ func (m memory) goLimit() int64 {
 		return math.MaxInt64
 	}
 	return m.limit / 10 * 8
+}
+
+// A worker that starts reads the node tables of all mounts while their readers wait: no collection of
+// garbage then, unless that makes more than some.
+const (
+	quietFor   = 3 * time.Second
+	quietBytes = 1 << 30
+)
+
+// startQuietly limits Go's heap, more than that at first. end has to be called.
+func (m memory) startQuietly() (end func()) {
+	debug.SetGCPercent(-1)
+	debug.SetMemoryLimit(min(m.goLimit(), quietBytes))
+	loud := sync.OnceFunc(func() {
+		debug.SetGCPercent(100)
+		debug.SetMemoryLimit(m.goLimit())
+	})
+	t := time.AfterFunc(quietFor, loud)
+	return func() {
+		t.Stop()
+		loud()
+	}
 }
 
 // fills is the share of what is on its way, and of what the cache has no room for.

@@ -46,7 +46,8 @@ type held struct {
 	since    time.Time
 	listener *os.File // this process's own description of the domain socket's descriptor
 	stop     context.CancelFunc
-	fresh    bool // no worker served it before
+	fresh    bool          // no worker served it before
+	adopting time.Duration // what that took
 }
 
 // Run keeps the link to the broker until ctx ends; then the mounts are let go without an
@@ -237,6 +238,7 @@ func (ms *mounts) get(id string) *held {
 
 // adopt gets ready to serve a mount. One that was never served is checked first: its source must answer.
 func (ms *mounts) adopt(rctx context.Context, m brokerwire.Message, files []*os.File) error {
+	began := time.Now()
 	if len(files) < 3 || len(files) > 4 {
 		return fmt.Errorf("adopt: three or four descriptors are needed, not %d: %w", len(files), object.ErrInvalid)
 	}
@@ -265,7 +267,7 @@ func (ms *mounts) adopt(rctx context.Context, m brokerwire.Message, files []*os.
 		return err
 	}
 	files[0], files[1] = nil, nil
-	h := &held{Served: adopted, data: data, volume: st.Volume, stop: func() {}, fresh: m.Fresh}
+	h := &held{Served: adopted, data: data, volume: st.Volume, stop: func() {}, fresh: m.Fresh, adopting: time.Since(began)}
 	if len(files) == 4 {
 		h.listener, files[3] = files[3], nil
 	}
@@ -301,6 +303,9 @@ func (ms *mounts) serve(life context.Context, id string) error {
 	}
 	ms.mu.Unlock()
 	go h.Serve() // ends with the mount, or with the process: a blocked read(2) cannot be called back
+	if !h.fresh {
+		ms.w.log.Info("mount taken over", "volume", id, "nodes", h.Nodes(), "adopting", h.adopting, "afterStart", time.Since(ms.w.started), "cpu", cpuTime())
+	}
 	ms.sayWeaker(h.Served)
 	var err error
 	if l != nil {

@@ -14,13 +14,14 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
-	"runtime/debug"
 	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/cachestore"
@@ -54,6 +55,7 @@ type Config struct {
 	FileRoot     string // below it are file:// sources; "" for none
 	FileRootPath string // how to open FileRoot, if not by its name
 
+	Standby  bool   // wait for the end of the worker that has TierDir, however long, instead of asking for it
 	Instance string // tells it from other workers that get the same TierDir; "" for none
 
 	Features Features
@@ -164,19 +166,28 @@ func (w *Worker) Run(ctx context.Context) error {
 }
 
 func (w *Worker) run(ctx context.Context) (err error) {
+	lock, err := w.standBy(ctx)
+	if ctx.Err() != nil {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	mem, err := newMemory(w.cfg.MemoryBytes, "/sys/fs/cgroup", "/proc/self/cgroup")
+	if err != nil {
+		return fmt.Errorf("memory limit: %w", err)
+	}
+	defer mem.startQuietly()()
 	w.store, err = cachestore.Open(cachestore.Config{
 		Dir: w.cfg.TierDir, ViewDir: w.cfg.ViewDir, CapacityBytes: w.cfg.CapacityBytes,
-		MinFreeBytes: w.cfg.MinFreeBytes, MinFreeInodes: w.cfg.MinFreeInodes, AskOwner: func() { w.askElder(ctx) }, Log: w.log,
+		MinFreeBytes: w.cfg.MinFreeBytes, MinFreeInodes: w.cfg.MinFreeInodes,
+		Lock: lock, AskOwner: func() { w.askElder(ctx) }, Log: w.log,
 	})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, w.store.Close()) }()
-	mem, err := newMemory(w.cfg.MemoryBytes, "/sys/fs/cgroup", "/proc/self/cgroup")
-	if err != nil {
-		return fmt.Errorf("memory limit: %w", err)
-	}
-	debug.SetMemoryLimit(mem.goLimit())
+	opened := time.Now()
 	budget := mem.fills()
 	budget.Log = w.log
 	w.fills = fill.New(budget, w.store)
@@ -202,8 +213,28 @@ func (w *Worker) run(ctx context.Context) (err error) {
 		g.Go(func() error { return w.mounts.Run(ctx) })
 	}
 	g.Go(func() error { return serveControl(ctx, control, w) })
-	w.log.Info("worker started", "uuid", w.store.UUID(), "tier", w.cfg.TierDir, "cachedBytes", w.store.Stats().CachedBytes)
+	w.log.Info("worker started", "uuid", w.store.UUID(), "tier", w.cfg.TierDir, "openTier", opened.Sub(w.started), "parts", time.Since(opened),
+		"cpu", cpuTime())
 	return g.Wait()
+}
+
+// standBy waits until no other worker has the cache directory, if this one is to.
+func (w *Worker) standBy(ctx context.Context) (lock *os.File, err error) {
+	if !w.cfg.Standby {
+		return nil, nil
+	}
+	lock, err = cachestore.Await(ctx, w.cfg.TierDir)
+	w.started = time.Now()
+	return lock, err
+}
+
+// cpuTime is what this process has used since it was started.
+func cpuTime() time.Duration {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_PROCESS_CPUTIME_ID, &t); err != nil {
+		return 0
+	}
+	return time.Duration(t.Nano())
 }
 
 func (w *Worker) deps() dataset.Deps {

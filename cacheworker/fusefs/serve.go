@@ -258,6 +258,13 @@ func (s *Served) Hold() (device, memfd *os.File, backings []int32) {
 	return s.device, s.table.log, backings
 }
 
+// Nodes is how many the kernel may name.
+func (m *Mount) Nodes() int {
+	m.table.mu.RLock()
+	defer m.table.mu.RUnlock()
+	return m.table.nodes.len()
+}
+
 // Stats of the mount.
 func (m *Mount) Stats() (nodes, open int) {
 	m.table.mu.RLock()

@@ -122,6 +122,8 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 			f.StringVar(&c.FileRoot, "file-root", "", "`directory` below which file:// sources may lie")
 			f.StringVar(&c.FileRootPath, "file-root-path", "", "`path` by which to open the file root")
 			f.MarkHidden("file-root-path")
+			f.BoolVar(&c.Standby, "standby", false, "wait until no other worker has the cache, instead of asking for it")
+			f.MarkHidden("standby")
 			featureFlags(f, &c.Features)
 		},
 		func(ctx context.Context, log *slog.Logger) error {

@@ -333,26 +333,45 @@ func (u *up) awaitBroker(ctx context.Context) error {
 }
 
 // keep runs a child and runs it again when it dies, until ctx ends; then it is sent SIGTERM.
-// upgrade, unless nil, has it replaced.
+// upgrade, unless nil, has it replaced. A worker has another one in reserve.
 func (u *up) keep(ctx context.Context, name string, upgrade <-chan os.Signal, dirs []string, args ...string) error {
-	run := func(binary *os.File) <-chan error {
+	start := func(ctx context.Context, binary *os.File, more ...string) <-chan error {
 		ended := make(chan error, 1)
-		go func() { ended <- u.child(ctx, binary, dirs, args) }()
+		go func() { ended <- u.child(ctx, binary, dirs, slices.Concat(args, more)) }()
 		return ended
 	}
+	run := func(binary *os.File) <-chan error { return start(ctx, binary) }
+	spare := reserve{start: start, wanted: name == "worker"}
+	defer spare.stop()
 	var binary *os.File // nil is this process's own
 	wait := minRestart
-	start, ended := time.Now(), run(binary)
+	began, ended := time.Now(), run(binary)
+	spare.later()
 	for {
 		select {
 		case <-upgrade:
+			spare.stop() // it would have the cache before the new one
 			binary, ended = u.replace(binary, ended, run)
-			start = time.Now()
+			began = time.Now()
+			spare.later()
+		case <-spare.due:
+			spare.run(ctx, binary)
+		case err := <-spare.ended:
+			spare.ended = nil
+			if ctx.Err() == nil {
+				u.log.Error("child in reserve died", "child", name, "err", err)
+				spare.later()
+			}
 		case err := <-ended:
 			if ctx.Err() != nil {
 				return u.stopped(name, err)
 			}
-			if time.Since(start) > steady {
+			if spare.ended != nil {
+				u.log.Error("child died; the one in reserve takes over", "child", name, "err", err)
+				began, ended = time.Now(), spare.take()
+				continue
+			}
+			if time.Since(began) > steady {
 				wait = 0
 			}
 			u.log.Error("child died; it is started again", "child", name, "err", err, "after", wait)
@@ -362,8 +381,47 @@ func (u *up) keep(ctx context.Context, name string, upgrade <-chan os.Signal, di
 			case <-time.After(wait):
 			}
 			wait = min(max(2*wait, minRestart), maxRestart)
-			start, ended = time.Now(), run(binary)
+			began, ended = time.Now(), run(binary)
+			spare.later()
 		}
+	}
+}
+
+// reserve is a worker that has started and waits for the cache. When the one before it dies it has that
+// at once: to start a process takes longer than all the rest of a take-over.
+type reserve struct {
+	start  func(ctx context.Context, binary *os.File, more ...string) <-chan error
+	wanted bool
+
+	due    <-chan time.Time // when one is to be started; nil if none is
+	ended  <-chan error     // nil without one
+	cancel context.CancelFunc
+}
+
+// later has one started when the child that runs has shown that it does, and needs the CPU less.
+func (r *reserve) later() {
+	if r.wanted {
+		r.due = time.After(steady)
+	}
+}
+
+func (r *reserve) run(ctx context.Context, binary *os.File) {
+	ctx, r.cancel = context.WithCancel(ctx)
+	r.due, r.ended = nil, r.start(ctx, binary, "--standby")
+}
+
+// take makes it the child that runs, and has another one started.
+func (r *reserve) take() (ended <-chan error) {
+	ended, r.ended = r.ended, nil
+	r.later()
+	return ended
+}
+
+func (r *reserve) stop() {
+	if r.due = nil; r.ended != nil {
+		r.cancel()
+		<-r.ended
+		r.ended = nil
 	}
 }
 

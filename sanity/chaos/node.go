@@ -72,11 +72,26 @@ func (u up) pid(part string) int {
 			continue
 		}
 		cmdline, _ := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline"))
-		if args := bytes.Split(cmdline, []byte{0}); len(args) > 1 && string(args[1]) == part {
+		if args := bytes.Split(cmdline, []byte{0}); len(args) < 2 || string(args[1]) != part {
+			continue
+		}
+		if part != workerPart || hasTier(pid) { // else it is in reserve
 			return pid
 		}
 	}
 	return 0
+}
+
+// hasTier reports whether a worker has the lock of its cache directory: it locks nothing else.
+func hasTier(pid int) bool {
+	b, _ := os.ReadFile("/proc/locks")
+	for line := range strings.Lines(string(b)) {
+		f := strings.Fields(line) // one who waits has an arrow in the second place
+		if len(f) > 4 && f[1] == "FLOCK" && f[4] == strconv.Itoa(pid) {
+			return true
+		}
+	}
+	return false
 }
 
 func parent(pid int) int {
