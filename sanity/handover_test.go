@@ -371,6 +371,35 @@ func TestHandOverThatFails(t *testing.T) {
 	}
 }
 
+// A worker that has handed over and is started again, as a kubelet does until its pod is deleted, does
+// not ask for the cache back. It waits for the end of the other one.
+func TestTheElderDoesNotComeBack(t *testing.T) {
+	store := s3test.Start(t)
+	putLoops(t, store)
+	a := startApart(t, store.Endpoint, "worker", "--instance=old")
+	data := publishLoops(t, store, a.Kubelet)
+	elder := a.procs["worker"]
+	a.more["worker"] = []string{"--instance=new"}
+	a.start("worker")
+	if err := elder.Wait(); err != nil {
+		t.Errorf("the elder ends with %v", err)
+	}
+	heir := a.procs["worker"]
+	eventually(t, "the heir is ready", func() bool { return ready(a.dir) })
+	a.more["worker"] = []string{"--instance=old"}
+	a.start("worker")
+	eventually(t, "the elder is refused", func() bool {
+		log, err := os.ReadFile(filepath.Join(a.dir, "log"))
+		return err == nil && strings.Contains(string(log), "has handed over to this one")
+	})
+	if pid, volumes := serving(t, a.dir); pid != heir.Process.Pid || volumes != 1 {
+		t.Errorf("process %d serves %d volumes, want %d and 1", pid, volumes, heir.Process.Pid)
+	}
+	heir.Process.Kill()
+	heir.Wait()
+	mustShell(t, "cat "+data+"/later > /dev/null") // the elder serves
+}
+
 // ready asks the worker's readiness.
 func ready(dir string) bool {
 	r, err := askWorker(dir, "/readyz")

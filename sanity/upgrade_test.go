@@ -380,6 +380,63 @@ func TestWhatCannotGoBackStays(t *testing.T) {
 	}
 }
 
+// SIGHUP to larder up takes the binary that is on disk, if that can take over.
+func TestUpTakesTheBinaryOnDisk(t *testing.T) {
+	store := s3test.Start(t)
+	put(t, store, map[string][]byte{"ds/f": pattern(2<<20, 7)})
+	next := buildNext(t)
+	binary := filepath.Join(t.TempDir(), "larder")
+	install := func(from string) { // as a package manager does: another file by the same name
+		t.Helper()
+		mustShell(t, fmt.Sprintf("cp %s %s.new && mv %s.new %s", from, binary, binary, binary))
+	}
+	install(larderBinary)
+	s, err := stack.Start(t.Context(), stack.Config{Binary: binary})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	_, target := publish(t, s.Kubelet, bucket(store, "v", "ds"))
+	logged := func(text string) func() bool {
+		return func() bool {
+			log, err := os.ReadFile(s.Log())
+			return err == nil && strings.Contains(string(log), text)
+		}
+	}
+
+	install("/bin/false")
+	before, _ := serving(t, s.Dir())
+	if err := syscall.Kill(s.PID(), syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the new worker has failed", logged("the old one stays"))
+	if pid, volumes := serving(t, s.Dir()); pid != before || volumes != 1 {
+		t.Errorf("process %d serves %d volumes, want %d and 1", pid, volumes, before)
+	}
+	install(next)
+	if err := syscall.Kill(s.PID(), syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	isNext := func() bool {
+		st := workerStatus(t, s.Dir())
+		return st.GetVersion() == "next" && len(st.GetVolumes()) == 1
+	}
+	eventually(t, "the next release serves", isNext)
+	install(larderBinary) // not told, it does not come back
+	after, _ := serving(t, s.Dir())
+	if err := syscall.Kill(after, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is started again", func() bool { pid, _ := serving(t, s.Dir()); return pid != after && isNext() })
+	if got := mustShell(t, "sha256sum < "+target+"/data/f"); !strings.HasPrefix(got, sum(pattern(2<<20, 7))) {
+		t.Errorf("read %s", got)
+	}
+}
+
 // serves waits until the worker that was started last serves so many volumes and is connected.
 func serves(t *testing.T, a *apart, volumes int) {
 	t.Helper()
