@@ -1,9 +1,14 @@
 package fusefs
 
 import (
+	"bytes"
+	"flag"
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -13,18 +18,14 @@ import (
 	"github.com/larderfs/larder/cacheworker/object"
 )
 
-// known writes the log of a worker whose kernel holds n nodes: a folder for each 1000, one file in a
-// hundred passed through.
-func known(t testing.TB, n int) *os.File {
-	t.Helper()
-	log := newLog(t)
-	tab := newTable(log, testStore, "set/")
+// know notes n nodes that a kernel holds: a folder for each 1000, one file in a hundred passed through.
+func (t *table) know(n int) {
 	now := time.Now()
 	var dir *node
 	for i := range n {
 		if i%1000 == 0 {
-			dir = tab.folder(tab.nodes.get(dataID), fmt.Sprintf("part=%05d", i/1000))
-			tab.referenced(dir)
+			dir = t.folder(t.nodes.get(dataID), fmt.Sprintf("part=%05d", i/1000))
+			t.referenced(dir)
 			continue
 		}
 		obj := object.Object{Version: fmt.Sprintf("%032x", i), Size: 1 << 20, ModTime: now}
@@ -32,21 +33,21 @@ func known(t testing.TB, n int) *os.File {
 		if i%100 == 1 {
 			want = passthrough
 		}
-		f := tab.incarnation(dir, obj, fmt.Sprintf("part-%05d-of-%05d.parquet", i%1000, n), want, now, nil)
-		tab.referenced(f)
+		f := t.incarnation(dir, obj, fmt.Sprintf("part-%05d-of-%05d.parquet", i%1000, n), want, now, nil)
+		t.referenced(f)
 		if want == passthrough {
-			tab.setBacking(f, int32(i))
-			tab.setOpens(f, 1)
+			t.setBacking(f, int32(i))
+			t.setOpens(f, 1)
 		}
 	}
-	return log
 }
 
 // BenchmarkLoad1MNodes is what a worker reads before its first answer when the kernel knows a million
 // nodes. The processor's time is told beside the clock's, which others share.
 func BenchmarkLoad1MNodes(b *testing.B) {
 	const nodes = 1_000_000
-	log := known(b, nodes)
+	log := newLog(b)
+	newTable(log, testStore, "set/").know(nodes)
 	st, err := log.Stat()
 	if err != nil {
 		b.Fatal(err)
@@ -85,6 +86,64 @@ func cpuTime(t testing.TB) time.Duration {
 		t.Fatal(err)
 	}
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+var knownNodes = flag.Int("known-nodes", 20_000, "how many nodes a worker that takes over reads in TestManyKnownNodesAreTakenOver")
+
+// A worker that is killed while the kernel knows many nodes is followed by one that knows them. What
+// is printed is the answer's time from the SIGKILL on, the start of a process with it; with
+// -known-nodes=1000000 that is the figure of a large node.
+func TestManyKnownNodesAreTakenOver(t *testing.T) {
+	w := newTakeover(t)
+	first := w.startWorker()
+	w.mountVolume(brokerwire.Volume{Source: "file:///"})
+	fd := w.u.open(w.data("cold"), unix.O_DIRECT)
+	first.cmd.Process.Signal(unix.SIGSTOP) // it notes nothing more
+	blocked := w.u.ask(call{Op: "pread", FD: fd, Off: 1 << 20, Len: 4096})
+	tab := newTable(w.memfd(), testStore, "")
+	if err := tab.load(); err != nil {
+		t.Fatal(err)
+	}
+	tab.know(*knownNodes)
+
+	killed := time.Now()
+	first.kill()
+	second := w.startWorker("GOGC=off") // as a worker has it at first
+	a := await(t, blocked, "the blocked read")
+	took := time.Since(killed)
+	if a.Errno != 0 || !bytes.Equal(a.Data, w.want["cold"][1<<20:1<<20+4096]) {
+		t.Errorf("the blocked read: %d bytes, %v", len(a.Data), a.Errno)
+	}
+	if n, err := strconv.Atoi(second.ask("nodes")); n < *knownNodes {
+		t.Errorf("the second worker knows %d of %d nodes: %v", n, *knownNodes, err)
+	}
+	t.Logf("%d nodes: answered %v after the SIGKILL", *knownNodes, took)
+	w.u.close(fd)
+}
+
+// memfd is what the broker, which is in this process, holds of the mount.
+func (w *world) memfd() *os.File {
+	w.t.Helper()
+	names, err := filepath.Glob("/proc/self/fd/*")
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, name := range names {
+		if link, _ := os.Readlink(name); !strings.Contains(link, "memfd:larder-mount") {
+			continue
+		}
+		f, err := os.OpenFile(name, os.O_RDWR, 0)
+		if err != nil {
+			continue
+		}
+		if st, err := brokerwire.ReadState(f); err == nil && strings.HasPrefix(st.Path, w.dir) {
+			w.t.Cleanup(func() { f.Close() })
+			return f
+		}
+		f.Close()
+	}
+	w.t.Fatal("the broker holds nothing")
+	return nil
 }
 
 // TestNamesOfOneHashAreKeptApart, which chance does not show.
