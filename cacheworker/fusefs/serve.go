@@ -223,8 +223,10 @@ func (s *Served) askAgain() {
 func (s *Served) End() {
 	s.once.Do(func() {
 		s.finish()
-		if !s.serving.Load() { // else go-fuse closes it
-			unix.Close(s.fd)
+		if !s.serving.Load() {
+			if err := s.giveUp(); err != nil {
+				s.cfg.Log.Error("let go of a mount that was not served", "volume", s.cfg.Volume.ID, "err", err)
+			}
 		}
 		s.table.mu.Lock()
 		defer s.table.mu.Unlock()
@@ -237,6 +239,18 @@ func (s *Served) End() {
 		s.table.log.Close()
 		s.device.Close()
 	})
+}
+
+// giveUp closes the connection of a mount that was not served. The descriptor's number is go-fuse's, which
+// closes it when the server is collected: closed here it would be somebody else's by then.
+func (s *Served) giveUp() error {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(pair[0])
+	defer unix.Close(pair[1]) // reads of the other end are at an end
+	return unix.Dup3(pair[0], s.fd, unix.O_CLOEXEC)
 }
 
 // Passthrough and Resend report what was negotiated.
