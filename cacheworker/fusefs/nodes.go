@@ -3,7 +3,6 @@ package fusefs
 import (
 	"hash/maphash"
 	"iter"
-	"maps"
 	"slices"
 	"strings"
 )
@@ -105,15 +104,57 @@ func (p *nodePage) all(yield func(*node) bool) bool {
 type nameMap struct {
 	seed   maphash.Seed
 	byHash map[uint64]*node // the first of those with this hash; the others behind it by sameHash
+
+	unset map[*node]*nodeRow // by folder, what was read and not set yet: that is most of a take-over
+	last  *nodeRow           // the last one that was added to; nil if it is not there any more
 }
 
-func newNameMap() nameMap { return nameMap{maphash.MakeSeed(), map[uint64]*node{}} }
+// nodeRow is nodes of a folder in the order in which they were made, by sameHash.
+type nodeRow struct{ first, last *node }
 
-// grow makes room for so many names more: growing step by step costs more than all else of a take-over.
-func (m *nameMap) grow(names int) {
-	byHash := make(map[uint64]*node, len(m.byHash)+names)
-	maps.Copy(byHash, m.byHash)
-	m.byHash = byHash
+func newNameMap() nameMap {
+	return nameMap{seed: maphash.MakeSeed(), byHash: map[uint64]*node{}, unset: map[*node]*nodeRow{}}
+}
+
+// setLater is set, but when a name in the folder is first asked for. Until then settle has to be
+// called before a file there is asked whether it is stale.
+func (m *nameMap) setLater(n *node) {
+	r := m.last
+	if r == nil || r.first.parent != n.parent {
+		if r = m.unset[n.parent]; r == nil {
+			r = &nodeRow{}
+			m.unset[n.parent] = r
+		}
+		m.last = r
+	}
+	if r.last == nil {
+		r.first = n
+	} else {
+		r.last.sameHash = n
+	}
+	r.last = n
+}
+
+// settle sets the names in a folder that were to be set later.
+func (m *nameMap) settle(folder *node) {
+	r := m.unset[folder]
+	if r == nil {
+		return
+	}
+	delete(m.unset, folder)
+	m.last = nil
+	for n := r.first; n != nil; {
+		next := n.sameHash
+		n.sameHash = nil
+		supersedes(n, m.set(n))
+		n = next
+	}
+}
+
+// supersedes notes what it means that a name leads to n and not to the other node any more.
+func supersedes(n, was *node) {
+	sameObject := n.file != nil && was != nil && was.file != nil && was.file.version == n.file.version && was.file.size == n.file.size
+	was.supersede(!sameObject)
 }
 
 func (m *nameMap) hash(parent uint64, name string) uint64 {
@@ -121,6 +162,7 @@ func (m *nameMap) hash(parent uint64, name string) uint64 {
 }
 
 func (m *nameMap) get(parent *node, name string) *node {
+	m.settle(parent)
 	return namesake(m.byHash[m.hash(parent.id, name)], parent, name)
 }
 
@@ -133,6 +175,7 @@ func namesake(n, parent *node, name string) *node {
 
 // set has the name of n lead to it, and returns to which node it led before.
 func (m *nameMap) set(n *node) (was *node) {
+	m.settle(n.parent)
 	h := m.hash(n.parent.id, n.name)
 	first := m.byHash[h]
 	if was = namesake(first, n.parent, n.name); was != nil {
@@ -145,6 +188,7 @@ func (m *nameMap) set(n *node) (was *node) {
 
 // remove forgets the name of n, if it leads to it.
 func (m *nameMap) remove(n *node) {
+	m.settle(n.parent)
 	h := m.hash(n.parent.id, n.name)
 	if first := without(m.byHash[h], n); first == nil {
 		delete(m.byHash, h)
@@ -164,10 +208,11 @@ func without(first, n *node) *node {
 	return first
 }
 
-func (m *nameMap) len() int { return len(m.byHash) } // or a little less
-
 func (m *nameMap) all() iter.Seq[*node] {
 	return func(yield func(*node) bool) {
+		for folder := range m.unset {
+			m.settle(folder)
+		}
 		for _, n := range m.byHash {
 			for ; n != nil; n = n.sameHash {
 				if !yield(n) {

@@ -70,6 +70,7 @@ func (m *Mount) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut)
 // time, the last. Then another mode will do, and a version that has been looked up just now.
 func (m *Mount) check(ctx context.Context, n *node, thread uint32) error {
 	m.table.mu.Lock()
+	m.table.names.settle(n.parent)
 	gone, checked, looked := n.file.gone, n.file.checked, n.file.looked
 	n.file.looked = false
 	m.table.mu.Unlock()
@@ -107,7 +108,7 @@ func (m *Mount) found(n *node, e metadata.Entry, ok bool) {
 	m.table.mu.Lock()
 	defer m.table.mu.Unlock()
 	if !ok || e.Folder || !n.file.of(e.Object) {
-		m.table.supersede(n, true)
+		n.supersede(true)
 		return
 	}
 	n.file.checked = e.At
@@ -116,7 +117,7 @@ func (m *Mount) found(n *node, e metadata.Entry, ok bool) {
 func (m *Mount) setGone(n *node) {
 	m.table.mu.Lock()
 	defer m.table.mu.Unlock()
-	m.table.supersede(n, true)
+	n.supersede(true)
 }
 
 // hold returns the node's reader, opened if it was not. opening counts an open file; a READ

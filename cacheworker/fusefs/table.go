@@ -153,7 +153,7 @@ func (t *table) folder(parent *node, name string) *node {
 	if n != nil && n.kind == dirKind {
 		return n
 	}
-	t.supersede(n, true)
+	n.supersede(true)
 	n = &node{id: t.newID(), parent: parent, name: name, key: parent.key + name + "/", kind: dirKind}
 	t.add(n)
 	t.append(nodeRecord(t.scratch[:0], n))
@@ -169,7 +169,7 @@ func (t *table) incarnation(parent *node, obj object.Object, name string, want m
 		n.file.checked = now
 		return n
 	}
-	t.supersede(n, !same)
+	n.supersede(!same)
 	n = &node{id: t.newID(), parent: parent, name: name, kind: fileKind,
 		file: &file{version: obj.Version, size: obj.Size, mtime: obj.ModTime.UnixNano(), mode: want, checked: now}}
 	t.add(n)
@@ -231,7 +231,7 @@ func (t *table) newID() uint64 {
 
 // supersede marks a file's node: the next open of it looks the name up again. gone says that
 // the object is another one, not just the mode.
-func (t *table) supersede(n *node, gone bool) {
+func (n *node) supersede(gone bool) {
 	if n != nil && n.kind == fileKind {
 		n.file.stale = true
 		n.file.gone = n.file.gone || gone
@@ -356,9 +356,6 @@ func (t *table) readOn() error {
 	}
 	defer done()
 	t.replayed = nil
-	if n := countNodes(b); n > t.names.len() {
-		t.names.grow(n)
-	}
 	for {
 		rec, body, size := nextRecord(b)
 		if size == 0 {
@@ -445,21 +442,6 @@ func nextRecord(b []byte) (rec byte, body []byte, size int) {
 	return b[recHead-1], b[recHead:end], end + 4
 }
 
-// countNodes is how many nodes a log tells of, at most.
-func countNodes(b []byte) (nodes int) {
-	for len(b) >= recHead+4 {
-		n := int(binary.LittleEndian.Uint32(b))
-		if n == 0 || n > len(b)-recHead-4 {
-			break
-		}
-		if b[recHead-1] == recNode {
-			nodes++
-		}
-		b = b[recHead+n+4:]
-	}
-	return nodes
-}
-
 // replay applies a record; one that makes no sense is passed over.
 func (t *table) replay(rec byte, b []byte) {
 	if len(b) < 8 {
@@ -494,7 +476,7 @@ func (t *table) replay(rec byte, b []byte) {
 		}
 	case recUnnamed:
 		t.names.remove(n)
-		t.supersede(n, false)
+		n.supersede(false)
 	case recOpens:
 		if n.file != nil {
 			n.file.opens = int32(min(count, 1<<31-1))
@@ -537,16 +519,14 @@ func (t *table) replayNode(id uint64, b []byte) {
 	}
 	t.nodes.add(n)
 	parent.kids++
-	was := t.names.set(n)
+	t.names.setLater(n)
 	if kind == dirKind {
 		n.key = parent.key + n.name + "/"
-		t.supersede(was, true)
 		return
 	}
 	f := n.file
 	f.mode, f.version = mode(b[0]), t.slab.text(b[17:])
 	f.size, f.mtime = int64(binary.LittleEndian.Uint64(b[1:])), int64(binary.LittleEndian.Uint64(b[9:]))
-	t.supersede(was, was == nil || was.file == nil || was.file.version != f.version || was.file.size != f.size)
 }
 
 // replayedParent is nodes.get, but for the parent of a node in the same folder as the one before.
