@@ -176,8 +176,8 @@ func (n *node) ensure(ctx context.Context, v view, want brokerwire.Volume, path 
 		return false, fmt.Errorf("mount point: %w", err)
 	}
 	if err := n.broker.Mount(ctx, want, path); err != nil {
-		n.undo(ctx, path, made || want.Inline)
-		if !made && !want.Inline {
+		undone := n.undo(ctx, path, made || want.Inline)
+		if undone && !made && !want.Inline { // else to touch it might wait for a worker
 			err = errors.Join(err, unstaged(path))
 		}
 		return false, fmt.Errorf("mount volume %s: %w", quote(want.ID), err)
@@ -259,7 +259,7 @@ func (n *node) clear(ctx context.Context, v view, id, path string) error {
 // undoTimeout bounds what a failed call still does, whatever its own deadline was.
 const undoTimeout = 10 * time.Second
 
-func (n *node) undo(ctx context.Context, path string, made bool) {
+func (n *node) undo(ctx context.Context, path string, made bool) (undone bool) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancel()
 	err := n.broker.Unmount(ctx, path)
@@ -269,6 +269,7 @@ func (n *node) undo(ctx context.Context, path string, made bool) {
 	if err != nil {
 		n.log.Error("undo a failed call", "path", path, "err", err)
 	}
+	return err == nil
 }
 
 // unstaged gives a staging directory its permissions back.

@@ -308,6 +308,34 @@ func TestACallThatIsCancelledUndoesItself(t *testing.T) {
 	}
 }
 
+// TestWhatCannotBeUndoneIsNotTouched: the mount may be one that nobody serves.
+func TestWhatCannotBeUndoneIsNotTouched(t *testing.T) {
+	b := start(t)
+	path := b.path("stage")
+	must(t, os.MkdirAll(path, 0o750))
+	gone := fmt.Errorf("the broker was killed: %w", object.ErrUnavailable)
+	b.broker.script(func(_ context.Context, verb string) error {
+		if verb == "unmount" {
+			return gone
+		}
+		return nil
+	}, func(verb string) error {
+		if verb == "mount" {
+			return gone
+		}
+		return nil
+	})
+	wantCode(t, b.stage(t), codes.Unavailable, "mount volume")
+	b.broker.script(nil, nil)
+	st, err := os.Stat(path)
+	if err != nil || b.mountsOf("stage") != 1 {
+		t.Errorf("%d mounts: %v", b.mountsOf("stage"), err)
+	} else if st.Mode().Perm() == unstagedMode {
+		t.Error("the root of the mount has got the directory's permissions")
+	}
+	must(t, b.unstage(t))
+}
+
 var codesAborted = status.Error(codes.Aborted, "")
 
 func TestCallsAtOnceMountOnce(t *testing.T) {
