@@ -366,13 +366,13 @@ func (u *up) keep(ctx context.Context, name string, upgrade <-chan os.Signal, di
 			if ctx.Err() != nil {
 				return u.stopped(name, err)
 			}
+			if time.Since(began) > steady {
+				wait = 0
+			}
 			if spare.ended != nil {
 				u.log.Error("child died; the one in reserve takes over", "child", name, "err", err)
 				began, ended = time.Now(), spare.take()
 				continue
-			}
-			if time.Since(began) > steady {
-				wait = 0
 			}
 			u.log.Error("child died; it is started again", "child", name, "err", err, "after", wait)
 			select {
