@@ -89,6 +89,8 @@ func nodeLost(t *test) {
 	if t.worker(second.Name, d, 0) == w {
 		t.Error("the pod on another node finds the lost node's worker")
 	}
+	t.must(t.client.CoreV1().Nodes().Delete(t.ctx, lost, meta.DeleteOptions{})) // given up for good
+	t.run("later", podSpec(claimed("data")))
 	t.cluster("start-node", lost)
 	t.eventually(2*time.Minute, text("the lost node's pod %s is still there", first.Name), func() bool {
 		_, err := t.client.CoreV1().Pods(t.ns).Get(t.ctx, first.Name, meta.GetOptions{})
@@ -108,8 +110,8 @@ func (t *test) nodeIsBack(node string) {
 	defer cancel()
 	x := &test{T: t.T, env: t.env, ctx: ctx, ns: t.ns}
 	n, err := t.client.CoreV1().Nodes().Get(ctx, node, meta.GetOptions{})
-	x.must(err)
-	if t.Failed() && slices.ContainsFunc(n.Spec.Taints, func(t core.Taint) bool { return t.Key == core.TaintNodeUnreachable }) {
+	lost := apierrors.IsNotFound(err) || slices.ContainsFunc(n.Spec.Taints, func(t core.Taint) bool { return t.Key == core.TaintNodeUnreachable })
+	if t.Failed() && lost {
 		x.cluster("start-node", node)
 	}
 	for _, component := range []string{"node", "worker"} {
@@ -143,14 +145,15 @@ func (t *test) replica(app, other string) core.Pod {
 func uninstall(t *test) {
 	node := t.nodes[0]
 	d, names := t.readers(node)
-	t.Cleanup(func() { t.install(overlay) })
+	t.Cleanup(func() { t.installAgain() })
 	_, err := kubectl(t.ctx, "delete", "-k", overlay, "--wait=false")
 	t.must(err)
-	t.eventually(60*time.Second, text("workers and controller do not end"), func() bool {
-		list, err := t.client.CoreV1().Pods(systemNamespace).List(t.ctx, meta.ListOptions{LabelSelector: "app.kubernetes.io/component in (worker, controller)"})
+	t.eventually(60*time.Second, text("the controller does not end"), func() bool {
+		list, err := t.client.CoreV1().Pods(systemNamespace).List(t.ctx, meta.ListOptions{LabelSelector: component + "controller"})
 		return err == nil && len(list.Items) == 0
 	})
-	for _, name := range names { // whose reads wait for a worker that does not come
+	t.goesOn(names...) // worker and node plugin stay as long as somebody needs them
+	for _, name := range names {
 		t.delete(name)
 	}
 	t.systemIsGone()
@@ -161,6 +164,18 @@ func uninstall(t *test) {
 
 // overlay is what is installed, relative to the repository's folder, where tests run.
 const overlay = "sanity/e2e/overlay"
+
+// installAgain is what the next tests find, whatever has failed in this one.
+func (t *test) installAgain() {
+	ctx, cancel := afterwards()
+	defer cancel()
+	x := &test{T: t.T, env: t.env, ctx: ctx, ns: t.ns}
+	x.deleteNamespace(t.ns) // or its pods keep what is being uninstalled
+	if ns, err := t.client.CoreV1().Namespaces().Get(ctx, systemNamespace, meta.GetOptions{}); err == nil && ns.DeletionTimestamp != nil {
+		x.systemIsGone()
+	}
+	x.install(overlay)
+}
 
 // systemIsGone waits for the end of Larder's namespace, and sees that nodes have nothing of it mounted.
 func (t *test) systemIsGone() {
@@ -188,7 +203,7 @@ func helm(t *test) {
 	}
 	_, err := kubectl(t.ctx, "delete", "-k", overlay, "--wait=false")
 	t.must(err)
-	t.Cleanup(func() { t.install(overlay) })
+	t.Cleanup(func() { t.installAgain() })
 	t.systemIsGone()
 	run(t.ctx, "install", "larder", "deploy/helm/larder", "--create-namespace", "--wait", "--timeout=2m",
 		"--set", "master.persistence.enabled=false", "--set", "inlineEndpoints={"+storeURL+"}")

@@ -98,7 +98,10 @@ func (t *test) deleteNamespace(name string) {
 	ctx, cancel := afterwards()
 	defer cancel()
 	err := t.client.CoreV1().Namespaces().Delete(ctx, name, meta.DeleteOptions{})
-	for err == nil {
+	if apierrors.IsNotFound(err) {
+		return
+	}
+	for err == nil || apierrors.IsConflict(err) { // it is being deleted
 		list, listErr := t.client.CoreV1().Pods(name).List(ctx, meta.ListOptions{})
 		if err = listErr; err != nil || len(list.Items) == 0 {
 			break

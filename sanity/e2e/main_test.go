@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -36,6 +37,10 @@ func TestMain(m *testing.M) {
 	flag.StringVar(&flags.only, "only", "", "run only the tests whose names match this `pattern`")
 	flag.BoolVar(&flags.list, "list", false, "list the tests")
 	flag.Parse()
+	// Most of a test is waiting for Kubernetes.
+	if err := flag.Set("test.parallel", "3"); err != nil {
+		panic(err)
+	}
 	os.Exit(m.Run())
 }
 
@@ -45,6 +50,7 @@ type env struct {
 	client kubernetes.Interface
 	s3     *store
 	nodes  []string // that can run pods
+	tables []string // prefixes of the store that have been filled with files
 }
 
 // scenario is one test. Its name is a sentence about Larder.
@@ -52,40 +58,61 @@ type scenario struct {
 	name    string
 	run     func(*test)
 	ownNode bool          // needs the machines of the nodes: only with -cluster
+	shares  bool          // takes nothing from others: may run beside its neighbours
 	limit   time.Duration // 0 means 5 minutes
 }
 
+// together says that none of these takes anything from another.
+func together(list []scenario) []scenario {
+	for i := range list {
+		list[i].shares = true
+	}
+	return list
+}
+
 func TestLarder(t *testing.T) {
-	all := scenarios()
 	only, err := regexp.Compile(flags.only)
 	if err != nil {
 		t.Fatal(err)
 	}
+	chosen := slices.DeleteFunc(scenarios(), func(s scenario) bool { return !only.MatchString(s.name) })
 	if flags.list {
-		for _, s := range all {
+		for _, s := range chosen {
 			fmt.Println(s.name)
 		}
 		return
 	}
 	e := connect(t)
-	for _, s := range all {
-		if !only.MatchString(s.name) {
-			continue
+	start := time.Now()
+	for len(chosen) > 0 {
+		n := 1
+		for chosen[0].shares && n < len(chosen) && chosen[n].shares {
+			n++
 		}
-		if s.ownNode && flags.cluster == "" {
-			fmt.Printf("not run        %s (it needs the nodes' machines)\n", s.name)
-			continue
-		}
-		start := time.Now()
-		ok := t.Run(s.name, func(t *testing.T) { e.scenario(t, s) })
-		verdict := map[bool]string{true: "ok", false: "FAILED"}[ok]
-		fmt.Printf("%-6s %6.1fs %s\n", verdict, time.Since(start).Seconds(), s.name)
+		t.Run("", func(t *testing.T) {
+			for _, s := range chosen[:n] {
+				t.Run(s.name, func(t *testing.T) { e.scenario(t, s) })
+			}
+		})
+		chosen = chosen[n:]
 	}
+	fmt.Printf("%d s in all\n", int(time.Since(start).Seconds()))
 }
 
 func (e *env) scenario(t *testing.T, s scenario) {
-	limit := cmp.Or(s.limit, 5*time.Minute)
-	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	if s.ownNode && flags.cluster == "" {
+		fmt.Printf("not run        %s (it needs the nodes' machines)\n", s.name)
+		return
+	}
+	if s.shares {
+		t.Parallel()
+	}
+	start := time.Now()
+	t.Cleanup(func() { // the last one: what the test leaves is removed by then
+		verdict := map[bool]string{true: "FAILED", false: "ok"}[t.Failed()]
+		fmt.Printf("%-6s %6.1fs %s\n", verdict, time.Since(start).Seconds(), s.name)
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), cmp.Or(s.limit, 5*time.Minute))
 	defer cancel()
 	x := &test{T: t, env: e, ctx: ctx}
 	defer func() { // before the clean-up, which removes what there is to see

@@ -15,8 +15,11 @@ func podScenarios() []scenario {
 		{name: "subPath data, read-only and not, shows the dataset and nothing else", run: subPathReads},
 		{name: "a container that is started again reads", run: restartedContainerReads},
 		{name: "a pod in a user namespace (hostUsers: false) reads", run: userNamespaceReads},
-		{name: "fifty pods with volumes are started at once and end at once", run: fiftyPods},
 	}
+}
+
+func crowdScenarios() []scenario {
+	return []scenario{{name: "fifty pods with volumes are started at once and end at once", run: fiftyPods}}
 }
 
 func fsGroupReads(t *test) {

@@ -16,11 +16,12 @@ packages() {
 	local missing=()
 	for need in "$@"; do
 		case $need in
+		venv) python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv) ;;
 		*.pc) pkg-config --exists "${need%.pc}" 2>/dev/null || missing+=(libseccomp-dev) ;;
 		*) command -v "${need%%:*}" >/dev/null || missing+=("${need##*:}") ;;
 		esac
 	done
-	[ ${#missing[@]} -eq 0 ] && return
+	[ ${#missing[@]} -gt 0 ] || return 0
 	apt-get install -y -q --no-install-recommends "${missing[@]}" ||
 		{ apt-get update -q && apt-get install -y -q --no-install-recommends "${missing[@]}"; }
 }
@@ -89,6 +90,8 @@ test)
 	fi
 	down
 	trap down EXIT
+	packages javac:openjdk-17-jdk-headless venv
+	go vet -C sanity/e2e ./...
 	up
 	$out/test -cluster $cluster -kubeconfig "$KUBECONFIG" "$@"
 	;;

@@ -39,7 +39,10 @@ func (t *test) sparkReady() spark.Spark {
 	t.must(err)
 	t.cluster("load", s.Archive)
 	for _, format := range []string{"parquet", "csv"} {
-		t.upload(filepath.Join(s.Data, format), "tpch/"+format)
+		if prefix := table(format).name; !slices.Contains(t.tables, prefix) {
+			t.upload(filepath.Join(s.Data, format), prefix)
+			t.tables = append(t.tables, prefix)
+		}
 	}
 	_, err = t.client.CoreV1().ServiceAccounts(t.ns).Create(t.ctx, &core.ServiceAccount{ObjectMeta: meta.ObjectMeta{Name: "spark"}}, meta.CreateOptions{})
 	t.must(err)
@@ -50,7 +53,7 @@ func (t *test) sparkReady() spark.Spark {
 	return s
 }
 
-// upload puts the files below a folder into the store, unless they are there.
+// upload puts the files below a folder into the store.
 func (t *test) upload(folder, prefix string) {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join(folder, "*", "*"))
@@ -198,7 +201,8 @@ func sparkInline(t *test) {
 	template := t.example("spark-inline.yaml", d)
 	b, err := os.ReadFile(template)
 	t.must(err)
-	t.must(os.WriteFile(template, []byte(strings.Replace(string(b), "my-s3", secretName, 1)), 0o600))
+	replace := strings.NewReplacer("my-s3", secretName, "ScheduleAnyway", "DoNotSchedule") // one executor on each node, for sure
+	t.must(os.WriteFile(template, []byte(replace.Replace(string(b))), 0o600))
 	_, end := t.submit(submission{s, "parquet", 2, []string{
 		"kubernetes.driver.podTemplateFile=" + template, "kubernetes.executor.podTemplateFile=" + template}})
 	t.checkSums(end(), 2)

@@ -20,7 +20,9 @@ const (
 // scenarios are the tests, in the order in which they run: first what everybody does, then what
 // may go wrong, last what takes something from all.
 func scenarios() []scenario {
-	return slices.Concat(volumeScenarios(), podScenarios(), exampleScenarios(), localScenarios(), localityScenarios(), refusalScenarios(), failureScenarios(), sparkScenarios(), clusterScenarios())
+	return slices.Concat(
+		together(slices.Concat(volumeScenarios(), podScenarios(), refusalScenarios(), exampleScenarios())),
+		crowdScenarios(), localScenarios(), localityScenarios(), failureScenarios(), sparkScenarios(), clusterScenarios())
 }
 
 func volumeScenarios() []scenario {
