@@ -58,6 +58,7 @@ type podHealth struct {
 	losses   map[string]loss      // by target: what the broker said, or was seen
 	verified map[use]time.Time    // the mount of that time was there before the pod's containers
 	away     map[string]time.Time // volumes without a worker, by id, since they were seen so
+	troubles map[string]string    // of volumes whose source fails, by id: the words in which it was told first
 }
 
 type loss struct {
@@ -76,7 +77,7 @@ type use struct {
 
 func newPodHealth(broker Broker, stats Stats, pods Pods, kubelet string, log *slog.Logger) *podHealth {
 	return &podHealth{broker: broker, stats: stats, pods: pods, kubelet: kubelet, log: log, wake: make(chan struct{}, 1),
-		losses: map[string]loss{}, verified: map[use]time.Time{}, away: map[string]time.Time{}}
+		losses: map[string]loss{}, verified: map[use]time.Time{}, away: map[string]time.Time{}, troubles: map[string]string{}}
 }
 
 const (
@@ -332,6 +333,7 @@ func (h *podHealth) lookForTroubles(ctx context.Context, uses []use) error {
 	if err != nil && !errors.Is(err, object.ErrUnavailable) { // no worker: told below
 		return err
 	}
+	troubles = h.firstWords(troubles)
 	found := map[use][2]string{} // reason and message
 	for _, u := range uses {
 		m, ok := v.volume(u.volume)
@@ -357,6 +359,20 @@ func (h *podHealth) lookForTroubles(ctx context.Context, uses []use) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// firstWords are the troubles in the words of when they began: an Event that changed with every
+// file that cannot be read would be written all the time.
+func (h *podHealth) firstWords(now map[string]string) map[string]string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for id := range now {
+		if first, ok := h.troubles[id]; ok {
+			now[id] = first
+		}
+	}
+	h.troubles = now
+	return now
 }
 
 // isAway reports whether a volume has been without a worker for a while.

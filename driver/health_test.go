@@ -213,8 +213,12 @@ func TestPodsAreToldOfASourceThatFails(t *testing.T) {
 		w.publish("b", "pvc-2", Name, "w")
 		w.stats.troubles = map[string]string{"v": "bucket lake: access denied"}
 		wantTold(t, w.look(), `ns/pod-a SourceFailing|"pvc-1"|bucket lake: access denied`)
+		w.stats.troubles = map[string]string{"v": "another file: access denied"}
+		wantTold(t, w.look(), "bucket lake")
 		w.stats.troubles = nil
 		wantTold(t, w.look())
+		w.stats.troubles = map[string]string{"v": "another file: access denied"}
+		wantTold(t, w.look(), "another file")
 	})
 }
 

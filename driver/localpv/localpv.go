@@ -80,7 +80,7 @@ type Controller struct {
 	// What only the round under way touches.
 	made    map[string]slot      // that were created and have not come back by the watch
 	applied map[string]string    // the version of the Secret that a mount has, by slot
-	retries map[string]*retry    // of datasets that cannot be mounted, by name
+	retries map[string]*retry    // of what cannot be mounted, by what is tried
 	orphans map[string]time.Time // slots that are mounted and that the broker does not hold, since they were seen
 	told    map[string]string    // what the log has been told of slots, by name
 }

@@ -18,6 +18,7 @@ import (
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/driver"
 	"github.com/larderfs/larder/driver/mounttable"
 )
 
@@ -168,14 +169,14 @@ func ignoreGone(err error) error {
 // remove unmounts a slot and removes its directory. While a pod has it mounted it stays.
 func (r *round) remove(ctx context.Context, name string) (gone bool, err error) {
 	if at := r.binds(name); len(at) > 0 {
-		r.sayOnce(name, "its claim has gone, and it is still mounted at "+at[0])
+		r.sayOnce(name, "it is to go, and is still mounted at "+at[0])
 		r.again = true
 		return false, nil
 	}
 	mnt := mountPoint(r.cfg.Dir, name)
 	err = r.broker.Unmount(ctx, mnt)
 	if errors.Is(err, object.ErrBusy) {
-		r.sayOnce(name, "its claim has gone, and a process still uses it")
+		r.sayOnce(name, "it is to go, and a process still uses it")
 		r.again = true
 		return false, nil
 	}
@@ -238,13 +239,14 @@ func (r *round) serve(ctx context.Context, s slot) error {
 			return fmt.Errorf("forget the mount: %w", err)
 		}
 	}
-	if !r.due(s.dataset, s.name) {
+	try := s.dataset + " again" // one slot is tried for all of its dataset
+	if !r.due(try, version) {
 		return nil
 	}
 	if err := r.mount(ctx, s, secret, version); err != nil {
-		return r.failed(ctx, s.dataset, s.name, err)
+		return r.failed(ctx, s.dataset, try, version, err)
 	}
-	delete(r.retries, s.dataset)
+	delete(r.retries, try)
 	delete(r.orphans, s.name)
 	r.cfg.Log.Warn("local volume mounted again", "volume", s.name)
 	r.again = true // for bindAgain
@@ -375,7 +377,9 @@ func (r *round) clearAway(ctx context.Context) error {
 	}
 	names := slices.AppendSeq(slices.Collect(maps.Keys(r.held)), maps.Keys(r.made))
 	for _, e := range entries {
-		names = append(names, e.Name())
+		if strings.HasPrefix(e.Name(), driver.LocalPrefix) {
+			names = append(names, e.Name())
+		}
 	}
 	slices.Sort(names)
 	var errs []error
@@ -436,7 +440,7 @@ func (r *round) offerDataset(ctx context.Context, d dataset, taken map[int]bool)
 			return nil
 		}
 		if err := r.create(ctx, newSlot(d, number, r.cfg.Node), secret, version); err != nil {
-			return r.failed(ctx, d.name, what, err)
+			return r.failed(ctx, d.name, d.name, what, err)
 		}
 		delete(r.retries, d.name)
 	}
@@ -476,19 +480,19 @@ func (r *round) create(ctx context.Context, s slot, secret map[string]string, ve
 
 const undoTimeout = 10 * time.Second
 
-// due reports whether a dataset may be tried. what it is that is tried tells a repetition from
+// due reports whether it is time for a try. what it is that is tried tells a repetition from
 // something new.
-func (r *round) due(dataset, what string) bool {
-	t := r.retries[dataset]
+func (r *round) due(try, what string) bool {
+	t := r.retries[try]
 	return t == nil || t.what != what || !time.Now().Before(t.next)
 }
 
 // failed puts off the next try, and tells users of what is not over in a moment.
-func (r *round) failed(ctx context.Context, dataset, what string, err error) error {
-	t := r.retries[dataset]
+func (r *round) failed(ctx context.Context, dataset, try, what string, err error) error {
+	t := r.retries[try]
 	if t == nil || t.what != what {
 		t = &retry{what: what, since: time.Now(), wait: soon}
-		r.retries[dataset] = t
+		r.retries[try] = t
 	}
 	r.again = r.again || t.wait < interval
 	t.next, t.wait = time.Now().Add(t.wait), min(2*t.wait, maxRetry)
