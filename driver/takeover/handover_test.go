@@ -1,72 +1,30 @@
 package takeover
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"strings"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/object"
 )
 
-// process is a worker of which the broker's end is tested: it notes what it is asked.
-type process struct {
-	*brokerwire.Session
-	die  func()
-	told chan string // "verb mount", or "verb text"
-}
-
 // agreeable answers INIT as every other worker does.
 func agreeable(init *os.File) error { return answerInit(init, resend) }
 
-// connect makes a worker at a stage; err is the broker's answer to its hello.
-func connect(t *testing.T, ms *Mounts, stage brokerwire.Stage, adopt func(init *os.File) error) (p *process, err error) {
+// at connects a worker at a stage of its life.
+func at(t *testing.T, ms *Mounts, stage brokerwire.Stage, adopt func(init *os.File) error) (worker, error) {
 	t.Helper()
-	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var ends [2]*net.UnixConn
-	for i, fd := range pair {
-		f := os.NewFile(uintptr(fd), "end")
-		c, err := net.FileConn(f)
-		f.Close()
-		if err != nil {
-			t.Fatal(err)
-		}
-		ends[i] = c.(*net.UnixConn)
-	}
-	p = &process{told: make(chan string, 64)}
-	theirs := brokerwire.NewPeer(ends[1], func(_ context.Context, m brokerwire.Message, files []*os.File) (brokerwire.Message, []*os.File, error) {
-		p.told <- string(m.Verb) + " " + m.Mount + m.Text
-		if m.Verb == brokerwire.Adopt {
-			return brokerwire.Message{}, nil, adopt(files[2])
-		}
-		return brokerwire.Message{}, nil, nil
-	})
-	p.Session = &brokerwire.Session{Role: brokerwire.RoleWorker, UUID: "u", Stage: stage}
-	p.Peer = brokerwire.NewPeer(ends[0], func(context.Context, brokerwire.Message, []*os.File) (brokerwire.Message, []*os.File, error) {
-		return brokerwire.Message{}, nil, object.ErrInvalid
-	})
-	left := make(chan struct{})
-	go theirs.Run(context.Background())
-	go func() { defer close(left); p.Run(context.Background()); ms.Leave(p.Session) }()
-	p.die = func() { theirs.Close(); <-left }
-	t.Cleanup(p.die)
-	return p, ms.Welcome(p.Session)
+	return connect(t, ms, &brokerwire.Session{UUID: "u", Stage: stage}, adopt)
 }
 
-func (p *process) expect(t *testing.T, prefix string) string {
+func (w worker) expect(t *testing.T, prefix string) string {
 	t.Helper()
 	select {
-	case got := <-p.told:
+	case got := <-w.told:
 		if !strings.HasPrefix(got, prefix) {
 			t.Fatalf("told %q, want %q", got, prefix)
 		}
@@ -78,33 +36,33 @@ func (p *process) expect(t *testing.T, prefix string) string {
 }
 
 // quiet checks that the worker was told nothing more.
-func (p *process) quiet(t *testing.T) {
+func (w worker) quiet(t *testing.T) {
 	t.Helper()
 	select {
-	case got := <-p.told:
+	case got := <-w.told:
 		t.Errorf("told %q", got)
 	default:
 	}
 }
 
 // owner is the worker of one mount, which has given back what it held.
-func owner(t *testing.T, ms *Mounts) (*process, *Mount) {
+func owner(t *testing.T, ms *Mounts) (worker, *Mount) {
 	t.Helper()
-	p, err := connect(t, ms, brokerwire.Owner, agreeable)
+	w, err := at(t, ms, brokerwire.Owner, agreeable)
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := serve(t, ms, worker{p.Session, p.die})
+	m := serve(t, ms, w)
 	for range 3 {
-		<-p.told // adopt, serve, listen
+		<-w.told // adopt, serve, listen
 	}
-	ms.Settled(p.Session)
-	return p, m
+	ms.Settled(w.Session)
+	return w, m
 }
 
-func heirOf(t *testing.T, ms *Mounts) *process {
+func heirOf(t *testing.T, ms *Mounts) worker {
 	t.Helper()
-	heir, err := connect(t, ms, brokerwire.Taking, agreeable)
+	heir, err := at(t, ms, brokerwire.Taking, agreeable)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -141,7 +99,7 @@ func TestAnHeirThatIsSlowServesLater(t *testing.T) {
 	ms, _ := newMounts(t, time.Hour)
 	elder, _ := owner(t, ms)
 	ready := make(chan struct{})
-	heir, err := connect(t, ms, brokerwire.Taking, func(init *os.File) error { <-ready; return agreeable(init) })
+	heir, err := at(t, ms, brokerwire.Taking, func(init *os.File) error { <-ready; return agreeable(init) })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,29 +119,29 @@ func TestAWorkerThatDoesNotEndIsReplaced(t *testing.T) {
 	elder.expect(t, "yield")
 	heir.expect(t, "adopt v")
 	heir.expect(t, "serve v")
-	if _, err := connect(t, ms, brokerwire.Giving, agreeable); !errors.Is(err, brokerwire.ErrExists) {
+	if _, err := at(t, ms, brokerwire.Giving, agreeable); !errors.Is(err, brokerwire.ErrExists) {
 		t.Errorf("when it goes on: %v", err)
 	}
 }
 
 func TestWhoComesAtTheWrongStageIsRefused(t *testing.T) {
 	ms, _ := newMounts(t, time.Hour)
-	if _, err := connect(t, ms, brokerwire.Taking, agreeable); !errors.Is(err, object.ErrUnavailable) {
+	if _, err := at(t, ms, brokerwire.Taking, agreeable); !errors.Is(err, object.ErrUnavailable) {
 		t.Errorf("an heir of nobody: %v", err)
 	}
-	first, err := connect(t, ms, brokerwire.Giving, agreeable) // the broker has died in between
+	first, err := at(t, ms, brokerwire.Giving, agreeable) // the broker has died in between
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := connect(t, ms, brokerwire.Taking, agreeable); !errors.Is(err, object.ErrUnavailable) {
+	if _, err := at(t, ms, brokerwire.Taking, agreeable); !errors.Is(err, object.ErrUnavailable) {
 		t.Errorf("an heir before its worker has given back what it holds: %v", err)
 	}
 	ms.Settled(first.Session)
 	heirOf(t, ms)
-	if _, err := connect(t, ms, brokerwire.Taking, agreeable); !errors.Is(err, object.ErrUnavailable) {
+	if _, err := at(t, ms, brokerwire.Taking, agreeable); !errors.Is(err, object.ErrUnavailable) {
 		t.Errorf("a second heir: %v", err)
 	}
-	if _, err := connect(t, ms, brokerwire.Giving, agreeable); !errors.Is(err, brokerwire.ErrExists) {
+	if _, err := at(t, ms, brokerwire.Giving, agreeable); !errors.Is(err, brokerwire.ErrExists) {
 		t.Errorf("a worker that was slow to end: %v", err)
 	}
 }
@@ -199,7 +157,7 @@ func TestAnHeirThatCannotServeIsSentAway(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			ms, _ := newMounts(t, time.Hour)
 			elder, _ := owner(t, ms)
-			heir, err := connect(t, ms, brokerwire.Taking, adopt)
+			heir, err := at(t, ms, brokerwire.Taking, adopt)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -44,14 +44,15 @@ func newMounts(t *testing.T, deadline time.Duration) (*Mounts, *kernel) {
 	return ms, k
 }
 
-// worker is the other end of a session; it answers INIT and agrees to everything.
+// worker is the other end of a session: it notes what it is asked, and agrees.
 type worker struct {
 	*brokerwire.Session
-	die func()
+	die  func()
+	told chan string // "verb mount", or "verb text"
 }
 
-// join connects a worker that negotiates these flags2.
-func join(t *testing.T, ms *Mounts, uuid string, flags2 uint32) worker {
+// connect makes a worker, which answers INIT by adopt; err is the broker's answer to its hello.
+func connect(t *testing.T, ms *Mounts, s *brokerwire.Session, adopt func(init *os.File) error) (w worker, err error) {
 	t.Helper()
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -67,22 +68,33 @@ func join(t *testing.T, ms *Mounts, uuid string, flags2 uint32) worker {
 		}
 		ends[i] = c.(*net.UnixConn)
 	}
+	w = worker{Session: s, told: make(chan string, 256)}
 	theirs := brokerwire.NewPeer(ends[1], func(_ context.Context, m brokerwire.Message, files []*os.File) (brokerwire.Message, []*os.File, error) {
+		w.told <- string(m.Verb) + " " + m.Mount + m.Text
 		if m.Verb == brokerwire.Adopt {
-			return brokerwire.Message{}, nil, answerInit(files[2], flags2)
+			return brokerwire.Message{}, nil, adopt(files[2])
 		}
 		return brokerwire.Message{}, nil, nil
 	})
-	s := &brokerwire.Session{Role: brokerwire.RoleWorker, UUID: uuid, PID: 4711}
+	s.Role = brokerwire.RoleWorker
 	s.Peer = brokerwire.NewPeer(ends[0], func(context.Context, brokerwire.Message, []*os.File) (brokerwire.Message, []*os.File, error) {
 		return brokerwire.Message{}, nil, object.ErrInvalid
 	})
 	left := make(chan struct{})
 	go theirs.Run(context.Background())
 	go func() { defer close(left); s.Run(context.Background()); ms.Leave(s) }()
-	w := worker{s, func() { theirs.Close(); <-left }}
+	w.die = func() { theirs.Close(); <-left }
 	t.Cleanup(w.die)
-	ms.Welcome(s)
+	return w, ms.Welcome(s)
+}
+
+// join connects a worker that negotiates these flags2.
+func join(t *testing.T, ms *Mounts, uuid string, flags2 uint32) worker {
+	t.Helper()
+	w, err := connect(t, ms, &brokerwire.Session{UUID: uuid, PID: 4711}, func(init *os.File) error { return answerInit(init, flags2) })
+	if err != nil {
+		t.Fatal(err)
+	}
 	return w
 }
 
