@@ -117,7 +117,7 @@ func (m *Master) run(ctx context.Context) (err error) {
 func (m *Master) serveGRPC(ctx context.Context, l net.Listener, reg *registry.Registry, calls callMetrics) error {
 	s := grpc.NewServer(
 		grpc.ChainUnaryInterceptor(calls.intercept, m.intercept),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 		grpc.WaitForHandlers(true),
 	)
 	asker := inventory.NewAsker()
