@@ -22,7 +22,7 @@ const (
 func scenarios() []scenario {
 	return slices.Concat(
 		together(slices.Concat(volumeScenarios(), podScenarios(), refusalScenarios(), exampleScenarios())),
-		crowdScenarios(), localScenarios(), localityScenarios(), failureScenarios(), sparkScenarios(), clusterScenarios())
+		crowdScenarios(), localScenarios(), localityScenarios(), deployScenarios(), failureScenarios(), sparkScenarios(), clusterScenarios())
 }
 
 func volumeScenarios() []scenario {

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -38,6 +39,9 @@ func makeMounts(dir string) error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w", err)
 	}
+	if err := dropFUSE(); err != nil {
+		return err
+	}
 	const cgroups = "/run/cgroup" // a new sysfs shows this network namespace, and no cgroups
 	mounts := []mount{
 		{"overlay", "/etc", "overlay", 0, fmt.Sprintf("lowerdir=/etc,upperdir=%[1]s/etc/upper,workdir=%[1]s/etc/work", dir)},
@@ -66,6 +70,29 @@ func makeMounts(dir string) error {
 	}
 	return unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, "")
 }
+
+// dropFUSE detaches the copies of FUSE mounts that came with the namespace: they would keep file
+// systems alive that others on this machine unmount, and have nothing to do with the node.
+func dropFUSE() error {
+	table, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	lines := strings.Split(strings.TrimSpace(string(table)), "\n")
+	for _, line := range slices.Backward(lines) { // the upper ones first
+		mount, kind, _ := strings.Cut(line, " - ")
+		if !strings.HasPrefix(kind, "fuse.") {
+			continue
+		}
+		target := unescape.Replace(strings.Fields(mount)[4])
+		if err := unix.Unmount(target, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
+			return fmt.Errorf("detach %s: %w", target, err)
+		}
+	}
+	return nil
+}
+
+var unescape = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`) // proc_pid_mountinfo(5)
 
 // coverSysctls puts private files over the settings of the whole machine that a kubelet writes.
 func coverSysctls() error {
