@@ -6,7 +6,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -104,19 +103,15 @@ func nodeLost(t *test) {
 	}
 }
 
-// nodeIsBack waits until Larder is ready on a node, which it starts if nobody has.
+// nodeIsBack waits until Larder is ready on a node, which it starts if it does not run.
 func (t *test) nodeIsBack(node string) {
 	ctx, cancel := afterwards()
 	defer cancel()
 	x := &test{T: t.T, env: t.env, ctx: ctx, ns: t.ns}
-	n, err := t.client.CoreV1().Nodes().Get(ctx, node, meta.GetOptions{})
-	lost := apierrors.IsNotFound(err) || slices.ContainsFunc(n.Spec.Taints, func(t core.Taint) bool { return t.Key == core.TaintNodeUnreachable })
-	if t.Failed() && lost {
-		x.cluster("start-node", node)
-	}
+	x.cluster("start-node", node)
 	for _, component := range []string{"node", "worker"} {
 		x.eventually(2*time.Minute, text("%s of %s is not ready", component, node), func() bool {
-			pods := x.systemPods(component, node)
+			pods := x.someSystemPods(component, node)
 			return len(pods) == 1 && isReady(&pods[0]) && pods[0].DeletionTimestamp == nil
 		})
 	}

@@ -26,8 +26,18 @@ func failureScenarios() []scenario {
 
 const component = "app.kubernetes.io/component="
 
-// systemPods are Larder's of one component, on one node or ("") on all.
+// systemPods are Larder's of one component, on one node or ("") on all. There is one.
 func (t *test) systemPods(name, node string) []core.Pod {
+	t.Helper()
+	pods := t.someSystemPods(name, node)
+	if len(pods) == 0 {
+		t.Fatalf("there is no %s on %q", name, node)
+	}
+	return pods
+}
+
+// someSystemPods are those that are there.
+func (t *test) someSystemPods(name, node string) []core.Pod {
 	t.Helper()
 	o := meta.ListOptions{LabelSelector: component + name}
 	if node != "" {
@@ -35,9 +45,6 @@ func (t *test) systemPods(name, node string) []core.Pod {
 	}
 	list, err := t.client.CoreV1().Pods(systemNamespace).List(t.ctx, o)
 	t.must(err)
-	if len(list.Items) == 0 {
-		t.Fatalf("there is no %s on %q", name, node)
-	}
 	return list.Items
 }
 

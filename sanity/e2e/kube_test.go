@@ -48,6 +48,19 @@ func (t *test) Error(args ...any) { t.Helper(); t.Errorf("%s", fmt.Sprint(args..
 
 func (t *test) Fatal(args ...any) { t.Helper(); t.Fatalf("%s", fmt.Sprint(args...)) }
 
+// TempDir has no test's name in it: Spark takes the names of files for URIs, and # for their end.
+func (t *test) TempDir() string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "larder-e2e-test-")
+	t.must(err)
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
 // must ends the test where err is not nil.
 func (t *test) must(err error) {
 	t.Helper()

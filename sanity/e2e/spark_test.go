@@ -110,7 +110,8 @@ func (t *test) submit(s submission) (driver string, end func() string) {
 	ctx, cancel := context.WithTimeout(t.ctx, 2*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, filepath.Join(s.Home, "bin", "spark-submit"), args...)
-	cmd.Env = append(os.Environ(), "JAVA_HOME="+s.Java, "SPARK_HOME="+s.Home, "SPARK_LOCAL_IP="+hostAddress, "SPARK_LOCAL_HOSTNAME="+hostAddress)
+	cmd.Env = append(os.Environ(), "KUBECONFIG=/dev/null", // its key is of a kind that Spark's client does not know
+		"JAVA_HOME="+s.Java, "SPARK_HOME="+s.Home, "SPARK_LOCAL_IP="+hostAddress, "SPARK_LOCAL_HOSTNAME="+hostAddress)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("spark-submit: %v: %s", err, strings.ReplaceAll(string(out), token.Status.Token, "TOKEN"))
 	}

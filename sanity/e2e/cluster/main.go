@@ -99,7 +99,7 @@ func (c *cluster) command(ctx context.Context, name string, args []string) error
 	case "kill-node":
 		return c.killNode(args[0])
 	case "start-node":
-		return c.startNode(ctx, args[0])
+		return c.startNode(args[0])
 	case "env":
 		fmt.Printf("export KUBECONFIG=%s PATH=%s:$PATH\n", c.kubeconfig("admin"), c.bin())
 		return nil

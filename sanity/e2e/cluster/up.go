@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -40,7 +41,7 @@ func (c *cluster) up(ctx context.Context, args []string) error {
 		return err
 	}
 	for i := range nodes {
-		if err := c.startNode(ctx, fmt.Sprintf("n%d", i+1)); err != nil {
+		if err := c.startNode(fmt.Sprintf("n%d", i+1)); err != nil {
 			return err
 		}
 	}
@@ -55,11 +56,14 @@ func (c *cluster) up(ctx context.Context, args []string) error {
 	return nil
 }
 
-// startNode starts a node's first process in namespaces of its own and connects it.
-func (c *cluster) startNode(ctx context.Context, name string) error {
+// startNode starts a node's first process in namespaces of its own and connects it, unless it runs.
+func (c *cluster) startNode(name string) error {
 	i, err := index(name)
 	if err != nil {
 		return err
+	}
+	if pid, err := c.pid(name); err == nil && c.alive(name, pid) {
+		return nil
 	}
 	dir := c.nodeDir(name)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -95,7 +99,10 @@ func (c *cluster) startNode(ctx context.Context, name string) error {
 	if err != nil {
 		return fmt.Errorf("start node %s: %w; see %s", name, err, log.Name())
 	}
-	return c.join(name)
+	if err := c.join(name); err != nil {
+		return errors.Join(err, c.killNode(name))
+	}
+	return nil
 }
 
 func (c *cluster) awaitReady(ctx context.Context, name string) error {
@@ -125,19 +132,28 @@ func (c *cluster) pid(node string) (int, error) {
 	return strconv.Atoi(string(text))
 }
 
-// killNode ends everything in a node: the end of a PID namespace's first process does.
+// killNode ends everything in a node, as the end of a PID namespace's first process does, and removes its
+// cgroups: a kubelet spends three seconds on each that a runtime does not know, before it registers.
 func (c *cluster) killNode(node string) error {
 	pid, err := c.pid(node)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // it was never started
+	}
 	if err != nil {
 		return err
 	}
-	if !c.alive(node, pid) {
-		return nil
+	if c.alive(node, pid) {
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && err != syscall.ESRCH {
+			return err
+		}
+		if err := awaitFor(30*time.Second, func() bool { return !c.alive(node, pid) }); err != nil {
+			return fmt.Errorf("%s, process %d: %w", node, pid, err)
+		}
 	}
-	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && err != syscall.ESRCH {
+	if awaitFor(20*time.Second, func() bool { err = removeCgroups(node); return err == nil }) != nil {
 		return err
 	}
-	return awaitFor(30*time.Second, func() bool { return !c.alive(node, pid) })
+	return nil
 }
 
 // alive tells whether pid is still the node's first process, and not a zombie or another's.
@@ -157,12 +173,6 @@ func (c *cluster) down() error {
 	}
 	if err := errors.Join(errs...); err != nil {
 		return err
-	}
-	for _, n := range nodes {
-		var err error
-		if awaitFor(20*time.Second, func() bool { err = removeCgroups(n); return err == nil }) != nil {
-			errs = append(errs, err)
-		}
 	}
 	if _, err := net.InterfaceByName(hostLink); err == nil {
 		errs = append(errs, ip("link del %s", hostLink))

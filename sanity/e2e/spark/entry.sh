@@ -1,5 +1,6 @@
 #!/bin/sh
 # driver | executor: what Spark's Kubernetes backend calls an image with.
+cd /tmp # spark-submit copies the job's jar to where it is
 options=$(env | grep '^SPARK_JAVA_OPT_' | sort -t_ -k4 -n | sed 's/[^=]*=//' | tr '\n' ' ')
 case "$1" in
 driver)

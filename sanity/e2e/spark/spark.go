@@ -1,7 +1,7 @@
 // Package spark makes an image of unmodified Spark and its test data, without a container engine.
 //
 // Spark comes from PyPI, Java from the machine, TPC-H data from tpchgen-cli (PyPI too). What was made is
-// kept below a cache directory, and made again when the versions or this package's files change.
+// kept below a cache directory, and made again when the versions or what goes into the image change.
 package spark
 
 import (
@@ -50,8 +50,8 @@ type Spark struct {
 // Make makes what is not in the cache directory yet; packages python3-venv and a JDK (17 or later) have to
 // be installed.
 func Make(ctx context.Context, cache string) (Spark, error) {
-	dir := filepath.Join(cache, fmt.Sprintf("spark-%.8x", sha256.Sum256([]byte(pyspark+tpchgen+job+entry))))
-	s := Spark{Archive: filepath.Join(dir, "spark.tar"), Data: filepath.Join(dir, "data")}
+	dir := filepath.Join(cache, fmt.Sprintf("spark-%.8x", sha256.Sum256([]byte(pyspark+tpchgen))))
+	s := Spark{Archive: filepath.Join(dir, fmt.Sprintf("image-%.8x.tar", sha256.Sum256([]byte(job+entry)))), Data: filepath.Join(dir, "data")}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return s, err
 	}
