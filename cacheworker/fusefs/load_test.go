@@ -98,7 +98,7 @@ func TestManyKnownNodesAreTakenOver(t *testing.T) {
 	first := w.startWorker()
 	w.mountVolume(brokerwire.Volume{Source: "file:///"})
 	fd := w.u.open(w.data("cold"), unix.O_DIRECT)
-	first.cmd.Process.Signal(unix.SIGSTOP) // it notes nothing more
+	first.stop() // it notes nothing more, and answers nothing
 	blocked := w.u.ask(call{Op: "pread", FD: fd, Off: 1 << 20, Len: 4096})
 	tab := newTable(w.memfd(), testStore, "")
 	if err := tab.load(); err != nil {
@@ -119,6 +119,17 @@ func TestManyKnownNodesAreTakenOver(t *testing.T) {
 	}
 	t.Logf("%d nodes: answered %v after the SIGKILL", *knownNodes, took)
 	w.u.close(fd)
+}
+
+// stop returns when no thread of it runs.
+func (p *process) stop() {
+	p.t.Helper()
+	if err := p.cmd.Process.Signal(unix.SIGSTOP); err != nil {
+		p.t.Fatal(err)
+	}
+	if err := unix.Waitid(unix.P_PID, p.cmd.Process.Pid, nil, unix.WSTOPPED|unix.WNOWAIT, nil); err != nil {
+		p.t.Fatal(err)
+	}
 }
 
 // memfd is what the broker, which is in this process, holds of the mount.
