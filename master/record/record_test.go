@@ -66,6 +66,7 @@ func TestValidateNamesAllMistakesOfARegistration(t *testing.T) {
 func FuzzATokenIsOursOrAnError(f *testing.F) {
 	f.Add(record.Token("lv-1"))
 	f.Add("invalid-token")
+	f.Add(record.Token("lv-1") + "\n")
 	f.Add("")
 	f.Fuzz(func(t *testing.T, token string) {
 		id, err := record.ParseToken(token)

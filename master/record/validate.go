@@ -47,9 +47,9 @@ const tokenPrefix = "after:"
 
 // ParseToken returns the id that the page begins behind, or ErrBadToken.
 func ParseToken(token string) (id string, err error) {
-	text, err := base64.RawURLEncoding.Strict().DecodeString(token)
+	text, err := base64.RawURLEncoding.DecodeString(token)
 	id, ok := strings.CutPrefix(string(text), tokenPrefix)
-	if err != nil || !ok || !ValidID(id) {
+	if err != nil || !ok || !ValidID(id) || Token(id) != token { // base64 passes over newlines
 		return "", fmt.Errorf("%w %.40q", ErrBadToken, token)
 	}
 	return id, nil
