@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -14,6 +15,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/credentials"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
+	"github.com/aws/aws-sdk-go-v2/service/s3/types"
 )
 
 // dataset is files whose bytes follow from its name and theirs, so that a reader knows what to expect
@@ -117,7 +119,8 @@ func open(ctx context.Context, endpoint, bucket string) (*s3.Client, error) {
 	if _, err := client.HeadBucket(ctx, &s3.HeadBucketInput{Bucket: &bucket}); err == nil {
 		return client, nil
 	}
-	if _, err := client.CreateBucket(ctx, &s3.CreateBucketInput{Bucket: &bucket}); err != nil {
+	var made *types.BucketAlreadyOwnedByYou // by another test meanwhile
+	if _, err := client.CreateBucket(ctx, &s3.CreateBucketInput{Bucket: &bucket}); err != nil && !errors.As(err, &made) {
 		return nil, fmt.Errorf("create bucket %s: %w", bucket, err)
 	}
 	return client, nil
