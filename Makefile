@@ -24,7 +24,7 @@ demo: ## read a dataset in S3 through a CSI volume, five ways, in one table (roo
 # (kills, overwriting for a minute) too; the other two leave those out by -short and by -run:
 # one CPU is for orders of events that two never show, and fuzzing starts from the seeds that
 # the race leg has run already.
-test: fusectl test-race test-one-cpu fuzz test-deploy ## all tests: race detector, one CPU, fuzzing (root)
+test: fusectl test-race test-one-cpu fuzz test-deploy ## all tests but e2e: race detector, one CPU, fuzzing, manifests (root)
 
 test-race: fusectl
 	go test -race -p 2 -timeout 15m ./...

@@ -25,8 +25,8 @@ import (
 )
 
 var flags struct {
-	kubeconfig, cluster, dir, image, logs, only string
-	list                                        bool
+	kubeconfig, cluster, image, logs, only string
+	list                                   bool
 }
 
 func TestMain(m *testing.M) {
@@ -76,6 +76,9 @@ func TestLarder(t *testing.T) {
 		t.Fatal(err)
 	}
 	chosen := slices.DeleteFunc(scenarios(), func(s scenario) bool { return !only.MatchString(s.name) })
+	if len(chosen) == 0 {
+		t.Fatalf("no test matches %q; -list names them", flags.only)
+	}
 	if flags.list {
 		for _, s := range chosen {
 			fmt.Println(s.name)

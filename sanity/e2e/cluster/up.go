@@ -136,9 +136,6 @@ func (c *cluster) pid(node string) (int, error) {
 // cgroups: a kubelet spends three seconds on each that a runtime does not know, before it registers.
 func (c *cluster) killNode(node string) error {
 	pid, err := c.pid(node)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // it was never started
-	}
 	if err != nil {
 		return err
 	}
@@ -169,7 +166,9 @@ func (c *cluster) down() error {
 	}
 	var errs []error
 	for _, n := range nodes {
-		errs = append(errs, c.killNode(n))
+		if err := c.killNode(n); !errors.Is(err, fs.ErrNotExist) { // one that was never started
+			errs = append(errs, err)
+		}
 	}
 	if err := errors.Join(errs...); err != nil {
 		return err
@@ -180,7 +179,11 @@ func (c *cluster) down() error {
 	for _, n := range nodes {
 		errs = append(errs, os.RemoveAll(c.nodeDir(n)))
 	}
-	return errors.Join(append(errs, os.RemoveAll(c.pki("")), os.RemoveAll(c.bin()), os.RemoveAll(c.images("")))...)
+	errs = append(errs, os.RemoveAll(c.pki("")), os.RemoveAll(c.bin()), os.RemoveAll(c.images("")))
+	if err := os.Remove(c.dir); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENOTEMPTY) { // others' files stay
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
 }
 
 // exec replaces this process by a command inside a node.
