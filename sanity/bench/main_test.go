@@ -27,12 +27,17 @@ func TestSpeedIsInTheUnitOfTheRow(t *testing.T) {
 }
 
 func TestRowsAreChosenByName(t *testing.T) {
-	for only, want := range map[string]int{"": 4, "rand": 2, "seq-1MiB-4": 1} {
-		if got, err := choose(only); err != nil || len(got) != want {
-			t.Errorf("choose(%q) = %d rows, %v; want %d", only, len(got), err, want)
+	for only, want := range map[string]int{"warm-(seq|rand)": 4, "warm-rand": 2, "warm-seq-1MiB-4": 1} {
+		chosen, err := choose(groups(), only)
+		got := 0
+		for _, g := range chosen {
+			got += len(g.rows)
+		}
+		if err != nil || got != want {
+			t.Errorf("choose(%q) = %d rows, %v; want %d", only, got, err, want)
 		}
 	}
-	if _, err := choose("no such row"); err == nil {
+	if _, err := choose(groups(), "no such row"); err == nil {
 		t.Error("a bench without a row was accepted")
 	}
 }
