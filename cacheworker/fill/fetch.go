@@ -153,6 +153,7 @@ func (f *Fills) get(ctx context.Context, ft *fetch) error {
 		return err
 	}
 	defer body.Close()
+	began := time.Now()
 	f.grant(ft.obj, headKey{first.key.id, ft.principal}, asked)
 	for _, c := range ft.chunks {
 		if !f.begin(c) {
@@ -170,6 +171,7 @@ func (f *Fills) get(ctx context.Context, ft *fetch) error {
 		}
 		ft.stored <- c
 	}
+	f.timed(ft.obj.Store, ft.bytes(), asked, began, time.Now())
 	return nil
 }
 

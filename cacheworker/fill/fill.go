@@ -29,6 +29,7 @@ const (
 	lostFor       = 2 * time.Second // so long a version is known to be gone without asking
 	maxQueue      = 4096            // objects waiting to be completed
 	minStreamRead = 256 << 10       // bytes read in a row before there is read-ahead
+	firstWindow   = 32 * mib        // that a stream's window may grow to without asking how the store is
 )
 
 // Config of [Fills]. The zero value works.
@@ -36,7 +37,7 @@ type Config struct {
 	MaxInFlightBytes int64         // fetched and not yet on the disk; 0 means 256 MiB, at least 8 MiB
 	MaxRequests      int           // GETs at once; 0 means 32, at least 4
 	MaxGetBytes      int64         // of one GET; 0 means 8 MiB
-	MaxWindowBytes   int64         // read ahead of one stream; 0 means 32 MiB
+	MaxWindowBytes   int64         // read ahead of one stream; 0 means 128 MiB
 	RecentBytes      int64         // chunks in memory for which the cache has no room; 0 means 64 MiB
 	CompleteWorkers  int           // objects completed in the background at once; 0 means 1
 	GrantTTL         time.Duration // of objects for which the cache has no room; 0 means 24 h
@@ -51,7 +52,7 @@ func (c Config) withDefaults() Config {
 	}
 	def(&c.MaxInFlightBytes, 256*mib)
 	def(&c.MaxGetBytes, 8*mib)
-	def(&c.MaxWindowBytes, 32*mib)
+	def(&c.MaxWindowBytes, 128*mib)
 	def(&c.RecentBytes, 64*mib)
 	c.MaxInFlightBytes = max(c.MaxInFlightBytes, minInFlight)
 	c.MaxGetBytes = min(c.MaxGetBytes, c.MaxInFlightBytes/4)
@@ -90,6 +91,7 @@ type Fills struct {
 	fetches map[*fetch]struct{}
 	heads   map[headKey]*head
 	lost    map[object.ID]lost
+	paces   map[object.Store]pace
 	recent  list.List // of *chunk with all bytes and no place in the cache; youngest in front
 	held    int64     // bytes in recent
 	ahead   int       // readers that are reading ahead
@@ -144,6 +146,7 @@ func New(cfg Config, store *cachestore.Store) *Fills {
 		fetches: map[*fetch]struct{}{},
 		heads:   map[headKey]*head{},
 		lost:    map[object.ID]lost{},
+		paces:   map[object.Store]pace{},
 		queued:  map[object.ID]struct{}{},
 		grants:  map[headKey]memoryGrant{},
 		refused: map[refusal]time.Time{},

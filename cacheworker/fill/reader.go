@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/larderfs/larder/cacheworker/cachestore"
 	"github.com/larderfs/larder/cacheworker/object"
@@ -26,12 +27,14 @@ type Reader struct {
 
 	lease   atomic.Pointer[lease]
 	through atomic.Bool // the cache has no room for an object of this size
+	whole   atomic.Bool // see Whole
 	closed  atomic.Bool
 	opening sync.Mutex // one opens the lease; held across its I/O
 
 	mu      sync.Mutex // guards the fields below
 	streams streams
 	ahead   []*chunk // what was asked for by read-ahead and was not here when last looked at
+	rest    int      // readRest has asked for all chunks below
 
 	aheadBytes int64 // of them, not here; guarded by Fills.mu
 }
@@ -458,7 +461,7 @@ func (r *Reader) readAhead(ctx context.Context, off int64, n int) {
 	if r.closed.Load() {
 		return
 	}
-	st := r.streams.note(off, n)
+	st := r.streams.note(off, n, time.Now())
 	if !st.sequential() {
 		return
 	}
@@ -466,7 +469,7 @@ func (r *Reader) readAhead(ctx context.Context, off int64, n int) {
 	if l != nil {
 		defer l.release()
 	}
-	from, to, get := st.next(r.obj.Chunks(), r.window(), f.cfg.MaxGetBytes)
+	from, to, get := st.next(r.obj.Chunks(), r.window(st.rate), f.cfg.MaxGetBytes)
 	for from < to {
 		end := min(to, from+get)
 		if !r.prefetch(ctx, l, from, end) {
@@ -475,17 +478,44 @@ func (r *Reader) readAhead(ctx context.Context, off int64, n int) {
 		from = end
 		st.ahead = end
 	}
+	if r.whole.Load() && l != nil && l.file.PresentBytes() > r.obj.Size/4 {
+		r.readRest(ctx, l)
+	}
 }
 
-// window is how far this reader may read ahead. Chunks that only the recent memory can hold
-// must not push each other out before they are read.
-func (r *Reader) window() int64 {
-	if !r.through.Load() {
-		return r.f.cfg.MaxWindowBytes
+// Whole allows to read all of the object ahead when more than a quarter of it is here and the reader goes on in
+// long pieces: whoever jumps about among them would find the link idle after each jump.
+func (r *Reader) Whole() { r.whole.Store(true) }
+
+// readRest asks for absent chunks from the object's beginning on, as far as a first window goes. Requires r.mu.
+func (r *Reader) readRest(ctx context.Context, l *lease) {
+	const get, most = 4, 64 // chunks of a GET, and looked at in one call
+	for end := min(r.obj.Chunks(), r.rest+most); r.rest < end && r.flying() < firstWindow; r.rest += get {
+		if !r.prefetch(ctx, l, r.rest, min(end, r.rest+get)) {
+			return
+		}
 	}
+}
+
+// flying is how much read-ahead has asked for and not got.
+func (r *Reader) flying() int64 {
 	r.f.mu.Lock()
 	defer r.f.mu.Unlock()
-	return min(r.f.cfg.MaxWindowBytes, r.f.cfg.RecentBytes/int64(2*max(1, r.f.through)))
+	return r.aheadBytes
+}
+
+// window is how far this reader may read ahead for a stream of that rate: as much as the store needs in
+// flight to bring twice the rate. Chunks that only the recent memory can hold must not push each other out before they
+// are read.
+func (r *Reader) window(rate float64) int64 {
+	f := r.f
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	window := max(firstWindow, f.paces[r.obj.Store].inFlight(2*rate, f.cfg.MaxGetBytes))
+	if r.through.Load() {
+		window = min(window, f.cfg.RecentBytes/int64(2*max(1, f.through)))
+	}
+	return min(window, f.cfg.MaxWindowBytes)
 }
 
 // prefetch asks for the absent ones of the chunks [from, to), and reports whether there was memory

@@ -1,11 +1,18 @@
 package fill
 
-import "github.com/larderfs/larder/cacheworker/object"
+import (
+	"slices"
+	"time"
+
+	"github.com/larderfs/larder/cacheworker/object"
+)
 
 const (
 	maxStreams = 16
 	slackAhead = 2 * mib // a read so far in front of a stream may still be part of it: the kernel's come in any order
 	slackBack  = 8 * mib
+	leastGet   = 2       // chunks
+	minLong    = 4 * mib // of a stream in whose file the next one is believed to be long, too
 )
 
 // stream is a row of reads that goes forward through a file.
@@ -15,26 +22,40 @@ type stream struct {
 	run     int64 // bytes read in a row up to end
 	skipped int64 // bytes below end that were passed over and did not come yet
 	reads   int
-	ahead   int // chunks below this were asked for
+	ahead   int   // chunks below this were asked for
+	hope    int64 // how long it may become: as the others in the file
 	used    uint64
+
+	rate  float64 // bytes a second that it goes forward
+	from  int64   // where end was at since
+	since time.Time
 }
+
+// rateOver is the time over which the speed of a stream is taken.
+const rateOver = 20 * time.Millisecond
 
 // streams finds the rows among the reads of one open file. The zero value has seen none.
 type streams struct {
 	all  []stream
 	tick uint64
+	last int   // in all: the one used last
+	long int64 // how long the earlier ones became, the later the more it counts
 }
 
 // note takes a read of n bytes at off into account and returns its stream, valid until the
 // next call.
-func (s *streams) note(off int64, n int) *stream {
+func (s *streams) note(off int64, n int, now time.Time) *stream {
 	s.tick++
 	st := s.find(off)
 	if st == nil {
+		if len(s.all) > 0 {
+			s.long = (s.long + s.all[s.last].run) / 2
+		}
 		st = s.fresh()
-		*st = stream{start: off, end: off}
+		*st = stream{start: off, end: off, from: off, since: now, hope: s.long}
 	}
 	st.used = s.tick
+	s.last = slices.IndexFunc(s.all, func(o stream) bool { return o.used == st.used })
 	st.reads++
 	last := off + int64(n)
 	if last <= st.end { // late, or read again
@@ -44,6 +65,10 @@ func (s *streams) note(off int64, n int) *stream {
 	st.skipped += max(0, off-st.end)
 	st.run += min(int64(n), last-st.end)
 	st.end = last
+	if d := now.Sub(st.since); d >= rateOver {
+		st.rate = (st.rate + float64(st.end-st.from)/d.Seconds()) / 2
+		st.from, st.since = st.end, now
+	}
 	return st
 }
 
@@ -78,24 +103,27 @@ func (s *streams) fresh() *stream {
 	return oldest
 }
 
-// sequential reports whether reading ahead is worth it.
+// sequential reports whether reading ahead is worth it. Who begins with a long read is believed at once at the
+// beginning of the file, and where earlier streams were long.
 func (st *stream) sequential() bool {
-	return st.reads >= 2 && st.run >= minStreamRead && st.skipped <= st.run/2
+	sure := st.reads >= 2 || st.start == 0 || st.hope >= minLong
+	return sure && st.run >= minStreamRead && st.skipped <= st.run/2
 }
 
 // next returns the chunks [from, to) that are to be read ahead now, and how many of them make a
-// GET. The stream is sequential. The window is four times what was read in a row, so that it opens within a few round
+// GET. The stream is sequential. The window grows with what was read in a row, so that it opens within a few round
 // trips; it begins with a little, or with more where the file is read from its beginning, which hardly anybody
-// does who wants less than all of it.
+// does who wants less than all of it. At the file's end the GETs become shorter, so that they end together.
 func (st *stream) next(chunks int, maxWindow, maxGet int64) (from, to, get int) {
-	least := int64(4 * object.ChunkSize)
+	least := max(minLong, min(st.hope, firstWindow))
 	if st.start == 0 {
-		least *= 2
+		least = max(least, 4*minLong)
 	}
-	window := min(max(4*st.run, least), maxWindow)
-	get = int(max(min(window/4, maxWindow/8, maxGet), object.ChunkSize) / object.ChunkSize)
+	window := min(least+4*st.run, maxWindow)
 	from = max(st.ahead, chunkAt(st.end+object.ChunkSize-1))
 	to = min(chunks, chunkAt(st.end+window+object.ChunkSize-1))
+	get = int(min(window/8, maxGet) / object.ChunkSize)
+	get = max(min(get, (chunks-from)/8), leastGet, 1)
 	if to-from < get && to < chunks {
 		return 0, 0, 0
 	}

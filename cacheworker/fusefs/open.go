@@ -134,7 +134,11 @@ func (m *Mount) hold(n *node, opening bool) *fill.Reader {
 		f.reading++
 	}
 	if f.reader == nil {
-		f.reader = m.data.Load().Reader(m.table.objectOf(n))
+		d := m.data.Load()
+		f.reader = d.Reader(m.table.objectOf(n))
+		if d.Complete != brokerwire.CompleteNever {
+			f.reader.Whole()
+		}
 	}
 	return f.reader
 }
