@@ -22,7 +22,12 @@ const (
 // shaped is the rows over a store with latency and a link, which is the limit.
 func shaped() group {
 	return group{
-		open: func(ctx context.Context, b *bench) (*site, error) { return b.cold(ctx, b.proxy.Endpoint) },
+		open: func(ctx context.Context, b *bench) (*site, error) {
+			if err := b.shape(ctx); err != nil {
+				return nil, err
+			}
+			return b.cold(ctx, b.proxy.Endpoint)
+		},
 		rows: []row{
 			{"cold-shaped-cat-1GiB", coldCat},
 			{"cold-shaped-8readers", coldEight},
@@ -45,40 +50,63 @@ func unshaped() group {
 	}
 }
 
+// seeds uploads what the cold rows read, once.
+func (b *bench) seeds(ctx context.Context) error {
+	if b.uploaded {
+		return nil
+	}
+	for name, size := range map[string]int64{"one": coldBytes, "each": eachBytes} {
+		if err := b.upload(ctx, "seed/"+name, size); err != nil {
+			return err
+		}
+	}
+	for _, kib := range footers {
+		if err := b.uploadFooted(ctx, "seed/"+footName(kib), kib); err != nil {
+			return err
+		}
+	}
+	b.uploaded = true
+	return b.s3.Age(time.Hour)
+}
+
 // cold publishes a volume over objects that nobody has read. Each has a folder of its own, so that nothing
 // is known about it either.
 func (b *bench) cold(ctx context.Context, endpoint string) (*site, error) {
-	if !b.uploaded {
-		for name, size := range map[string]int64{"one": coldBytes, "each": eachBytes} {
-			if err := b.upload(ctx, "seed/"+name, size); err != nil {
+	if err := b.seeds(ctx); err != nil {
+		return nil, err
+	}
+	prefix := fmt.Sprintf("cold%d", b.sites)
+	kinds := []string{"one", "each"}
+	for _, kib := range footers {
+		kinds = append(kinds, footName(kib))
+	}
+	for _, kind := range kinds {
+		for i := range 8 + 4*b.runs {
+			if err := b.link("seed/"+kind, fmt.Sprintf("%s/%s%d/o", prefix, kind, i)); err != nil {
 				return nil, err
 			}
-		}
-		if err := b.s3.Age(time.Hour); err != nil {
-			return nil, err
-		}
-		b.uploaded = true
-	}
-	b.proxy.Shape(shaper.Limits{})
-	prefix := fmt.Sprintf("cold%d", b.sites)
-	for i := range 8 + 4*b.runs {
-		if err := b.link("seed/one", fmt.Sprintf("%s/one%d/o", prefix, i)); err != nil {
-			return nil, err
-		}
-		if err := b.link("seed/each", fmt.Sprintf("%s/each%d/o", prefix, i)); err != nil {
-			return nil, err
-		}
-	}
-	if endpoint == b.proxy.Endpoint {
-		if err := b.shape(ctx); err != nil {
-			return nil, err
 		}
 	}
 	return b.open(ctx, volume{prefix: prefix, endpoint: endpoint})
 }
 
-// shape measures how wide the link may be so that reading over it needs half of the machine.
+// shape gives the store its manners. It measures how wide the link may be so that reading over it needs half of
+// the machine.
 func (b *bench) shape(ctx context.Context) error {
+	if b.linkRate == 0 {
+		if err := b.measureLink(ctx); err != nil {
+			return err
+		}
+	}
+	b.proxy.Shape(shaper.Limits{FirstByte: firstByteAt, ConnectionRate: connection, LinkRate: b.linkRate})
+	return nil
+}
+
+func (b *bench) measureLink(ctx context.Context) error {
+	if err := b.seeds(ctx); err != nil {
+		return err
+	}
+	b.proxy.Shape(shaper.Limits{})
 	client := b.client(b.proxy.Endpoint)
 	var rates []float64
 	for range 3 {
@@ -95,7 +123,6 @@ func (b *bench) shape(ctx context.Context) error {
 	b.linkRate = min(linkMost, sdk.Value*1e6/2)
 	fmt.Printf("the link: %.0f MB/s, a connection %.0f MB/s, first byte after %v (the SDK reads %.0f MB/s through the unshaped proxy)\n",
 		b.linkRate/1e6, connection/1e6, firstByteAt, sdk.Value)
-	b.proxy.Shape(shaper.Limits{FirstByte: firstByteAt, ConnectionRate: connection, LinkRate: b.linkRate})
 	return nil
 }
 

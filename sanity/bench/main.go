@@ -62,7 +62,7 @@ type row struct {
 }
 
 func groups() []group {
-	return []group{warm(), unpassed(), shaped(), unshaped()}
+	return []group{warm(), unpassed(), shaped(), unshaped(), thrift(), listed(100, 1000), listed(1, 100_000), small(), memory()}
 }
 
 func choose(all []group, only string) ([]group, error) {

@@ -82,13 +82,20 @@ func firstByte(ctx context.Context, client *s3.Client, key string, head bool) (s
 
 // upload puts an object of random bytes.
 func (b *bench) upload(ctx context.Context, key string, size int64) error {
+	return b.uploadEnding(ctx, key, size, nil)
+}
+
+func (b *bench) uploadEnding(ctx context.Context, key string, size int64, end []byte) error {
 	name := filepath.Join(b.dir, "upload")
 	if err := writeRandom(name, size); err != nil {
 		return err
 	}
-	f, err := os.Open(name)
+	f, err := os.OpenFile(name, os.O_RDWR, 0)
 	if err != nil {
 		return err
+	}
+	if _, err := f.WriteAt(end, size-int64(len(end))); err != nil {
+		return errors.Join(err, f.Close())
 	}
 	_, err = b.s3.DirectClient().PutObject(ctx, &s3.PutObjectInput{Bucket: aws.String(bucket), Key: &key, Body: f, ContentLength: &size})
 	return errors.Join(err, f.Close(), os.Remove(name))

@@ -232,6 +232,7 @@ func (s *Stack) Command(ctx context.Context, name string, args ...string) *exec.
 
 // Status is what `larder status -o json` says.
 type Status struct {
+	PID          int             `json:"pid"` // of the worker
 	CachedBytes  int64           `json:"cachedBytes"`
 	ReadRequests int64           `json:"readRequests"` // FUSE READs that reached the worker
 	Takeovers    int64           `json:"takeovers"`
