@@ -36,12 +36,13 @@ func newMemory(flag int64, cgroupRoot, self string) (memory, error) {
 	return memory{limit / 10 * 9}, nil
 }
 
-// goLimit is Go's soft limit: what remains is for stacks, page tables and pipes.
+// goLimit is Go's soft limit: what remains is for chunks, which are outside the heap, page tables and pipes.
 func (m memory) goLimit() int64 {
 	if m.limit == 0 {
 		return math.MaxInt64
 	}
-	return m.limit / 10 * 8
+	f := m.fills()
+	return m.limit/10*9 - f.MaxInFlightBytes - f.RecentBytes
 }
 
 // A worker that starts reads the node tables of all mounts while their readers wait: no collection of
@@ -72,7 +73,7 @@ func (m memory) fills() fill.Config {
 		return fill.Config{}
 	}
 	return fill.Config{
-		MaxInFlightBytes: min(256<<20, max(m.limit/4, 8<<20)),
+		MaxInFlightBytes: min(160<<20, max(m.limit/4, 8<<20)),
 		RecentBytes:      min(64<<20, max(m.limit/16, 1<<20)),
 	}
 }

@@ -48,7 +48,7 @@ func TestMemoryIsDivided(t *testing.T) {
 		t.Fatal(err)
 	}
 	f := m.fills()
-	if m.goLimit() >= m.limit || f.MaxInFlightBytes+f.RecentBytes+int64(m.names())*250 > m.limit/2 {
+	if m.goLimit()+f.MaxInFlightBytes+f.RecentBytes >= m.limit || f.MaxInFlightBytes+f.RecentBytes+int64(m.names())*250 > m.limit/2 {
 		t.Errorf("of %d: heap %d, in flight %d, recent %d, names %d", m.limit, m.goLimit(), f.MaxInFlightBytes, f.RecentBytes, m.names())
 	}
 }

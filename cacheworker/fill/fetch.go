@@ -156,8 +156,8 @@ func (f *Fills) get(ctx context.Context, ft *fetch) error {
 	began := time.Now()
 	f.grant(ft.obj, headKey{first.key.id, ft.principal}, asked)
 	for _, c := range ft.chunks {
-		if !f.begin(c) {
-			return context.Canceled
+		if err := f.begin(c); err != nil {
+			return err
 		}
 		if err := f.fill(c, body); err != nil {
 			f.mu.Lock()
@@ -201,27 +201,39 @@ func unexpected(err error) error {
 }
 
 // begin gives the chunk its buffer, unless it was given up.
-func (f *Fills) begin(c *chunk) bool {
-	buf := f.buffer(c.size)
+func (f *Fills) begin(c *chunk) error {
+	buf, err := f.buffer(c.size)
+	if err != nil {
+		return err
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if c.over {
-		return false
+		f.reuse(buf)
+		return context.Canceled
 	}
 	c.buf = buf
 	c.refs++
-	return true
+	return nil
 }
 
-// buffer returns one of size bytes, from the pool if that is worth it.
-func (f *Fills) buffer(size int) []byte {
+// buffer returns one of size bytes, outside the heap if that is worth it.
+func (f *Fills) buffer(size int) ([]byte, error) {
 	if size < object.ChunkSize/2 {
-		return make([]byte, size)
+		return make([]byte, size), nil
 	}
-	if b, ok := f.bufs.Get().(*[object.ChunkSize]byte); ok {
-		return b[:size]
+	buf, err := f.bufs.take()
+	if err != nil {
+		return nil, err
 	}
-	return new([object.ChunkSize]byte)[:size]
+	return buf[:size], nil
+}
+
+// reuse takes a buffer back.
+func (f *Fills) reuse(buf []byte) {
+	if cap(buf) == object.ChunkSize {
+		f.bufs.give(buf)
+	}
 }
 
 // progress says that n bytes of the chunk are here, and reports whether that was waited for.
@@ -346,18 +358,23 @@ func (f *Fills) leave(c *chunk, err error) {
 	c.left, c.err = true, err
 	delete(f.chunks, c.key)
 	c.call()
+	if c.refs == 0 {
+		f.free(c)
+	}
 }
 
 // unref gives up one use of the chunk's buffer. Requires f.mu.
 func (f *Fills) unref(c *chunk) {
-	if c.refs--; c.refs > 0 {
-		return
+	if c.refs--; c.refs == 0 && c.left {
+		f.free(c)
 	}
+}
+
+// free gives the memory of a chunk back that nobody uses or can find. Requires f.mu.
+func (f *Fills) free(c *chunk) {
 	f.pay(c)
-	if c.left && cap(c.buf) == object.ChunkSize {
-		f.bufs.Put((*[object.ChunkSize]byte)(c.buf[:object.ChunkSize]))
-	}
-	if c.left {
+	if c.buf != nil {
+		f.reuse(c.buf)
 		c.buf = nil
 	}
 }

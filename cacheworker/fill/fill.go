@@ -34,7 +34,7 @@ const (
 
 // Config of [Fills]. The zero value works.
 type Config struct {
-	MaxInFlightBytes int64         // fetched and not yet on the disk; 0 means 256 MiB, at least 8 MiB
+	MaxInFlightBytes int64         // fetched and not yet on the disk; 0 means 160 MiB, at least 8 MiB
 	MaxRequests      int           // GETs at once; 0 means 32, at least 4
 	MaxGetBytes      int64         // of one GET; 0 means 8 MiB
 	MaxWindowBytes   int64         // read ahead of one stream; 0 means 128 MiB
@@ -50,7 +50,7 @@ func (c Config) withDefaults() Config {
 			*v = d
 		}
 	}
-	def(&c.MaxInFlightBytes, 256*mib)
+	def(&c.MaxInFlightBytes, 160*mib)
 	def(&c.MaxGetBytes, 8*mib)
 	def(&c.MaxWindowBytes, 128*mib)
 	def(&c.RecentBytes, 64*mib)
@@ -75,7 +75,7 @@ type Fills struct {
 	cfg    Config
 	store  *cachestore.Store
 	budget *budget
-	bufs   sync.Pool      // of *[object.ChunkSize]byte
+	bufs   buffers
 	wg     sync.WaitGroup // fetches, HEADs, completers
 
 	// writers holds one entry per Put under way. Bytes that arrive have the processors first:
@@ -169,6 +169,12 @@ func (f *Fills) Close() error {
 	}
 	f.mu.Unlock()
 	f.wg.Wait()
+	f.mu.Lock()
+	for f.recent.Len() > 0 {
+		f.forget(f.recent.Front().Value.(*chunk))
+	}
+	f.mu.Unlock()
+	f.bufs.close()
 	return nil
 }
 

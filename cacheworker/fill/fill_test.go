@@ -74,6 +74,9 @@ func (w *world) close() {
 	if f.budget.slots != f.cfg.MaxRequests || f.budget.active != 0 {
 		w.t.Errorf("budget: %d of %d requests, %d active", f.budget.slots, f.cfg.MaxRequests, f.budget.active)
 	}
+	if f.bufs.used != 0 {
+		w.t.Errorf("%d buffers are lost", f.bufs.used)
+	}
 	if f.ahead != 0 || f.through != 0 || len(f.fetches) != 0 || len(f.heads) != 0 {
 		w.t.Errorf("%d readers ahead, %d through, %d fetches, %d heads", f.ahead, f.through, len(f.fetches), len(f.heads))
 	}

@@ -89,7 +89,7 @@ func TestTheLinkIsUsed(t *testing.T) {
 		{"OneReader", 400e6, 1, func(w *world, r *Reader, obj object.Object) { w.sequence(r, 0, obj.Size) }, 2.5},
 		{"OneReaderOfAWideLink", 1000e6, 1, func(w *world, r *Reader, obj object.Object) { w.sequence(r, 0, obj.Size) }, 5},
 		{"EightReaders", 400e6, 8, func(w *world, r *Reader, obj object.Object) { w.sequence(r, 0, obj.Size) }, 3},
-		{"RandomStarts", 400e6, 1, randomStarts, 4},
+		{"RandomStarts", 400e6, 1, randomStarts, 6},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			bubble(t, Config{}, func(t *testing.T, w *world) {

@@ -28,8 +28,10 @@ type Reader struct {
 	lease   atomic.Pointer[lease]
 	through atomic.Bool // the cache has no room for an object of this size
 	whole   atomic.Bool // see Whole
-	closed  atomic.Bool
-	opening sync.Mutex // one opens the lease; held across its I/O
+
+	tailSeen atomic.Bool // the object's last bytes were read
+	closed   atomic.Bool
+	opening  sync.Mutex // one opens the lease; held across its I/O
 
 	mu      sync.Mutex // guards the fields below
 	streams streams
@@ -231,7 +233,13 @@ func (r *Reader) readAt(ctx context.Context, p []byte, off int64) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	return len(p), r.authorize(ctx)
+	if err := r.authorize(ctx); err != nil {
+		return 0, err
+	}
+	if off+int64(len(p)) == r.obj.Size {
+		r.seeTail(ctx, p)
+	}
+	return len(p), nil
 }
 
 // step reads a piece of at most batch chunks.
