@@ -38,7 +38,7 @@ fuzz: ## run each fuzz test for FUZZTIME (10s)
 sanity: fusectl ## csi-sanity over the real driver with real mounts (root)
 	go test -count=1 -v -timeout 10m ./sanity
 
-bench: fusectl ## warm reads by fio, volume against native file; BENCH=regexp selects rows (root)
+bench: fusectl ## reads warm and cold, requests, memory, TPC-H, each beside its limit; BENCH=regexp selects rows (root)
 	command -v fio >/dev/null || apt-get install -y -q fio || (apt-get update -q && apt-get install -y -q fio)
 	go build -o build/bench ./sanity/bench
 	@build/bench -run '$(BENCH)'

@@ -62,7 +62,8 @@ type row struct {
 }
 
 func groups() []group {
-	return []group{warm(), unpassed(), shaped(), unshaped(), thrift(), listed(100, 1000), listed(1, 100_000), small(), memory()}
+	return []group{warm(), unpassed(), shaped(), unshaped(), thrift(), listed(100, 1000), listed(1, 100_000), small(), memory(),
+		columns("never"), columns("always")}
 }
 
 func choose(all []group, only string) ([]group, error) {
@@ -132,6 +133,7 @@ type bench struct {
 	warmed   dataset.Files // of the warm rows, uploaded
 	uploaded bool          // the objects of the cold rows
 	linkRate float64       // of the shaped rows, bytes a second
+	tpch     tpch
 }
 
 const bucket = "larder-bench"

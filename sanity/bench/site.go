@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,6 +29,7 @@ type volume struct {
 	prefix   string // in the bucket
 	endpoint string // "" means the server itself
 	args     []string
+	complete string // parameter of the volume; "" means auto
 }
 
 func (b *bench) open(ctx context.Context, v volume) (*site, error) {
@@ -54,7 +56,8 @@ func (s *site) start(ctx context.Context) (err error) {
 	p, err := s.stack.Publish(ctx, stack.PublishInput{
 		Name: "bench",
 		Parameters: map[string]string{
-			"source": "s3://" + bucket + "/" + s.prefix, "endpoint": s.endpoint,
+			"complete": cmp.Or(s.complete, "auto"),
+			"source":   "s3://" + bucket + "/" + s.prefix, "endpoint": s.endpoint,
 			"region": s.s3.Region, "pathStyle": "true", "layout": "data",
 			"freshness": "1h", // nobody else writes there
 		},
