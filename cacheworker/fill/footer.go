@@ -19,7 +19,11 @@ func (r *Reader) seeTail(ctx context.Context, end []byte) {
 	}
 	end = end[len(end)-tail:]
 	length := int64(binary.LittleEndian.Uint32(end))
-	if string(end[4:]) != "PAR1" || length > min(r.obj.Size-tail, r.f.cfg.MaxGetBytes) {
+	if string(end[4:]) != "PAR1" {
+		return
+	}
+	r.columnar.Store(true)
+	if length > min(r.obj.Size-tail, r.f.cfg.MaxGetBytes) {
 		return
 	}
 	from, last := chunkAt(r.obj.Size-tail-length), chunkAt(r.obj.Size-1)

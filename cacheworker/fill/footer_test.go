@@ -3,6 +3,7 @@ package fill
 import (
 	"encoding/binary"
 	"testing"
+	"testing/synctest"
 )
 
 func TestAFooterTakesTwoRequests(t *testing.T) {
@@ -29,6 +30,30 @@ func TestAFooterTakesTwoRequests(t *testing.T) {
 				if c.length == length && c.word == "PAR1" {
 					w.read(r, data, size-8-length, length)
 					w.want("[]", 0)
+				}
+			})
+		})
+	}
+}
+
+// TestAColumnOfAParquetFileIsNotReadBeyond reads parts as long as a chunk, at the file's beginning too.
+func TestAColumnOfAParquetFileIsNotReadBeyond(t *testing.T) {
+	const size = 40 * mib
+	for _, word := range []string{"PAR1", "PAR2"} {
+		t.Run(word, func(t *testing.T) {
+			bubble(t, Config{}, func(t *testing.T, w *world) {
+				data := content(1, size)
+				copy(data[size-8:], append(binary.LittleEndian.AppendUint32(nil, 1000), word...))
+				r := w.open(w.store.Put("a", data), "alice")
+				defer r.Close()
+				r.Whole()
+				w.read(r, data, size-4096, 4096)
+				w.sequence(r, 0, mib)
+				w.sequence(r, 20*mib, mib)
+				synctest.Wait()
+				gets, _ := w.asked()
+				if alone := len(gets) == 3; alone != (word == "PAR1") {
+					t.Errorf("%d GETs for the end and two chunks: %v", len(gets), gets)
 				}
 			})
 		})

@@ -30,6 +30,7 @@ type Reader struct {
 	whole   atomic.Bool // see Whole
 
 	tailSeen atomic.Bool // the object's last bytes were read
+	columnar atomic.Bool // they are Parquet's: rows of reads are as long as a column's part, so no more is read ahead than was read
 	closed   atomic.Bool
 	opening  sync.Mutex // one opens the lease; held across its I/O
 
@@ -477,7 +478,11 @@ func (r *Reader) readAhead(ctx context.Context, off int64, n int) {
 	if l != nil {
 		defer l.release()
 	}
-	from, to, get := st.next(r.obj.Chunks(), r.window(st.rate), f.cfg.MaxGetBytes)
+	window := r.window(st.rate)
+	if r.columnar.Load() {
+		window = min(window, st.run)
+	}
+	from, to, get := st.next(r.obj.Chunks(), window, f.cfg.MaxGetBytes)
 	for from < to {
 		end := min(to, from+get)
 		if !r.prefetch(ctx, l, from, end) {
@@ -486,7 +491,7 @@ func (r *Reader) readAhead(ctx context.Context, off int64, n int) {
 		from = end
 		st.ahead = end
 	}
-	if r.whole.Load() && l != nil && l.file.PresentBytes() > r.obj.Size/4 {
+	if r.whole.Load() && !r.columnar.Load() && l != nil && l.file.PresentBytes() > r.obj.Size/4 {
 		r.readRest(ctx, l)
 	}
 }
