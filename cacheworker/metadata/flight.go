@@ -38,7 +38,8 @@ type flight struct {
 	seq     uint64
 	at      time.Duration
 	cancel  context.CancelFunc
-	waiters int // guarded by Cache.mu
+	waiters int  // guarded by Cache.mu
+	ahead   bool // asked for before somebody wanted it; guarded by Cache.mu
 
 	done chan struct{} // closed when seg and err are set
 	seg  *segment
@@ -98,14 +99,24 @@ func (v *View) start(ctx context.Context, key flightKey, call func(context.Conte
 			c.denied(v.t)
 		}
 		c.mu.Lock()
+		fresh := 0
 		if err == nil {
 			seg.seq, seg.at, seg.cache = fl.seq, fl.at, c
+			if f := key.t.folders[key.dir]; f != nil && f.scan != nil {
+				fresh = f.scan.news(f, seg)
+			}
 			c.insert(key.t, key.dir, seg)
 		} else if errors.Is(err, object.ErrDenied) && key.kind == "list" {
 			c.listDenied(key.t, key.dir)
 		}
 		if c.flights[key] == fl {
 			delete(c.flights, key)
+		}
+		if fl.ahead {
+			c.ahead--
+		}
+		if key.kind == "list" {
+			c.listed(key.t, key.dir, seg, fresh)
 		}
 		c.mu.Unlock()
 		fl.seg, fl.err = seg, err
@@ -138,7 +149,12 @@ func (c *Cache) listDenied(t *table, dir string) {
 
 // load lists one page of dir behind the cookie.
 func (v *View) load(ctx context.Context, dir, after string, a ask) (*segment, error) {
-	return v.do(ctx, flightKey{v.t, "list", dir, after}, a, func(ctx context.Context) (*segment, error) {
+	return v.do(ctx, flightKey{v.t, "list", dir, after}, a, v.lister(dir, after))
+}
+
+// lister is what asks for a page.
+func (v *View) lister(dir, after string) func(context.Context) (*segment, error) {
+	return func(ctx context.Context) (*segment, error) {
 		seg := &segment{lo: above(after), page: true, from: after}
 		in := source.ListInput{Prefix: dir, After: v.c.listAfter(v.t, dir, after)}
 		for {
@@ -162,7 +178,7 @@ func (v *View) load(ctx context.Context, dir, after string, a ask) (*segment, er
 			}
 			in.After = page.Next // all of it was hidden
 		}
-	})
+	}
 }
 
 // listAfter is the After of a list that goes on behind the cookie: what the store said with the

@@ -41,6 +41,8 @@ type folder struct {
 	segs     []*segment
 	lone     int           // HEADs made because the name was in no segment
 	deniedAt time.Duration // when its LIST was refused, far in the past if never
+	scan     *scan         // nil unless somebody reads on
+	walk     walk
 }
 
 // fact is what a folder knows of one key: nothing if seg is nil.

@@ -57,6 +57,7 @@ type Cache struct {
 	tables  map[tableKey]*table
 	lru     list.List // of *segment, youngest in front
 	flights map[flightKey]*flight
+	ahead   int                   // flights that nobody waited for when they began
 	logged  map[object.Store]bool // hidden keys were reported
 	stats   Stats
 }
@@ -327,6 +328,7 @@ func (v *View) list(ctx context.Context, dir, after string, maxAge time.Duration
 	if f := v.t.folders[dir]; f != nil && after != "" && f.find(after+"/").present {
 		after += "/"
 	}
+	v.reading(dir, after, a)
 	c.mu.Unlock()
 
 	var extra []*segment // loaded by this call: counts even if it was evicted meanwhile

@@ -94,9 +94,24 @@ func (w *world) all(dir string, maxAge time.Duration) (names []string) {
 	}
 }
 
+// eventually asks again until a deadline, where nothing tells.
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("it never came that %s", what)
+		}
+	}
+}
+
 // checkInvariants compares the books with what is there.
 func checkInvariants(t *testing.T, c *Cache) {
 	t.Helper()
+	eventually(t, "what is listed ahead has come", func() bool {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return c.ahead == 0
+	})
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	entries, segs := 0, 0

@@ -43,6 +43,7 @@ type Store struct {
 
 	mu       sync.Mutex // guards the fields below
 	files    map[string]file
+	sorted   map[string][]string // names by prefix, until something is written
 	requests []Request
 }
 
@@ -69,6 +70,7 @@ func (s *Store) Put(key string, data []byte) object.Object {
 	}
 	f := file{data, hex.EncodeToString(sum[:]), time.Now()}
 	s.files[key] = f
+	s.sorted = nil
 	return f.object(key)
 }
 
@@ -77,6 +79,7 @@ func (s *Store) Delete(key string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.files, key)
+	s.sorted = nil
 }
 
 // Requests returns what was asked since the last call.
@@ -172,7 +175,9 @@ func (m *Source) List(ctx context.Context, in source.ListInput) (source.Page, er
 	defer m.s.mu.Unlock()
 	var p source.Page
 	last, n := "", 0
-	for _, name := range m.s.names(in.Prefix) {
+	names := m.s.names(in.Prefix)
+	first, _ := slices.BinarySearch(names, in.After)
+	for _, name := range names[max(0, first-1):] { // one before: it may be the folder that After lies in
 		name, isFolder := strings.CutSuffix(name, "/")
 		behind := source.AfterName(name, isFolder)
 		if behind <= in.After {
@@ -200,6 +205,9 @@ func (m *Source) List(ctx context.Context, in source.ListInput) (source.Page, er
 
 // names are those directly below prefix in key order, with "/" behind folders. Requires s.mu.
 func (s *Store) names(prefix string) []string {
+	if names, ok := s.sorted[prefix]; ok {
+		return names
+	}
 	var names []string
 	for key := range s.files {
 		rest, ok := strings.CutPrefix(key, prefix)
@@ -212,7 +220,12 @@ func (s *Store) names(prefix string) []string {
 		names = append(names, rest)
 	}
 	slices.Sort(names)
-	return slices.Compact(names)
+	names = slices.Compact(names)
+	if s.sorted == nil {
+		s.sorted = map[string][]string{}
+	}
+	s.sorted[prefix] = names
+	return names
 }
 
 // Get implements source.Source.
