@@ -54,6 +54,7 @@ type Config struct {
 	Counters *Counters
 	Log      *slog.Logger
 
+	logRequests bool // for tests that count them
 	allowWrites bool // takes a lock off, for its test: open for writing is not refused
 }
 

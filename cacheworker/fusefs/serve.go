@@ -72,6 +72,7 @@ func (m *Mount) options() *fuse.MountOptions {
 		IDMappedMount: true,
 		MaxStackDepth: 1,
 		DisableSplice: !f.Splice,
+		Debug:         m.cfg.logRequests,
 		Logger:        slog.NewLogLogger(m.cfg.Log.Handler(), slog.LevelWarn),
 		// All that a later version may want: it cannot be asked for again. Not ASYNC_DIO: a process that
 		// waits for an O_DIRECT read could not be killed.

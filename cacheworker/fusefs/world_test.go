@@ -40,9 +40,11 @@ type testWorker struct {
 	src      source.Source // of every volume
 	features Features
 	counters Counters
-	lockOff  bool                // Config.allowWrites
-	broker   func(Broker) Broker // what the mounts are given; nil is the worker itself
-	compact  int64               // bytes of the log of nodes at which it is compacted; 0 is as usual
+	lockOff  bool // Config.allowWrites
+
+	logRequests bool                // Config.logRequests
+	broker      func(Broker) Broker // what the mounts are given; nil is the worker itself
+	compact     int64               // bytes of the log of nodes at which it is compacted; 0 is as usual
 
 	peer    *brokerwire.Peer
 	stop    context.CancelFunc
@@ -177,7 +179,7 @@ func (w *testWorker) adopt(m brokerwire.Message, files []*os.File) error {
 		b = w.broker(w)
 	}
 	s, err := Adopt(Config{Volume: st.Volume, Dataset: d, Broker: b, Features: w.features, Counters: &w.counters, Log: w.log,
-		allowWrites: w.lockOff}, files[0], files[1], files[2], m.Fresh, uuid)
+		logRequests: w.logRequests, allowWrites: w.lockOff}, files[0], files[1], files[2], m.Fresh, uuid)
 	files[2] = nil
 	if err != nil {
 		return err
@@ -237,7 +239,8 @@ type options struct {
 	lockOff  bool
 	broker   func(Broker) Broker
 	compact  int64
-	noWorker bool // children will be the worker
+	noWorker bool         // children will be the worker
+	log      *slog.Logger // also of each request
 }
 
 // world is a broker, a worker in this process, and a volume that is mounted at path.
@@ -272,6 +275,9 @@ func newWorld(t *testing.T, o options) *world {
 		broker: o.broker, compact: o.compact}
 	if o.features != nil {
 		w.features = *o.features
+	}
+	if o.log != nil {
+		w.log, w.logRequests = o.log, true
 	}
 	t.Cleanup(func() {
 		w.unmount()
