@@ -24,6 +24,7 @@ type sources struct {
 	mu         sync.Mutex // guards the fields below; held while opening, which asks no store
 	s3s        map[s3Key]source.Source
 	transports map[refusals]http.RoundTripper
+	guards     map[string]*source.Guard // by the store's address, whoever asks it for which bucket
 	root       source.Source
 }
 
@@ -44,6 +45,22 @@ func (s *sources) transport(v brokerwire.Volume) http.RoundTripper {
 	}
 	s.transports[cfg] = t
 	return t
+}
+
+// guard is the one of a store.
+func (s *sources) guard(v brokerwire.Volume) (*source.Guard, error) {
+	host, err := s3.EndpointHost(v.Endpoint, v.Region)
+	if err != nil {
+		return nil, err
+	}
+	if g := s.guards[host]; g != nil {
+		return g, nil
+	}
+	if s.guards == nil || len(s.guards) >= maxSources {
+		s.guards = map[string]*source.Guard{}
+	}
+	s.guards[host] = source.NewGuard(source.GuardConfig{Store: host, Log: s.cfg.Log})
+	return s.guards[host], nil
 }
 
 type refusals struct{ linkLocal, loopback bool }
@@ -72,11 +89,15 @@ func (s *sources) S3(bucket string, v brokerwire.Volume, ambient bool) (source.S
 	if src := s.s3s[k]; src != nil {
 		return src, nil
 	}
+	guard, err := s.guard(v)
+	if err != nil {
+		return nil, err
+	}
 	src, err := s3.New(s3.Config{
 		Bucket: bucket, Endpoint: v.Endpoint, Region: v.Region, PathStyle: v.PathStyle,
 		Credentials: s3.Credentials{AccessKeyID: v.Credentials.AccessKeyID, SecretAccessKey: v.Credentials.SecretAccessKey,
 			SessionToken: v.Credentials.SessionToken},
-		Ambient: ambient, NodeKey: s.nodeKey, Transport: s.transport(v), Observer: s.observer,
+		Ambient: ambient, NodeKey: s.nodeKey, Transport: s.transport(v), Observer: s.observer, Guard: guard,
 	})
 	if err != nil {
 		return nil, err

@@ -10,11 +10,13 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
 	"github.com/aws/smithy-go"
 
@@ -191,4 +193,63 @@ func running(pid int) bool {
 	}
 	_, rest, _ := bytes.Cut(stat, []byte(") "))
 	return len(rest) > 0 && rest[0] != 'Z'
+}
+
+// A fault is one: a client that asks once, and waits for a second, is answered otherwise than without it.
+func TestEachFaultOfAStormIsSeenByAClient(t *testing.T) {
+	s := Start(t)
+	data := bytes.Repeat([]byte("0123456789abcdef"), 20_000)
+	for _, key := range []string{"d/a", "d/b"} {
+		if _, err := s.Put(key, data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ask := func(kind Kind) string {
+		ctx, stop := context.WithTimeout(t.Context(), time.Second)
+		defer stop()
+		once := func(o *s3.Options) { o.RetryMaxAttempts = 1 }
+		key, prefix, part := "d/a", "d/", "bytes=0-200000"
+		if kind == List {
+			out, err := s.Client().ListObjectsV2(ctx, &s3.ListObjectsV2Input{Bucket: &s.Bucket, Prefix: &prefix}, once)
+			if err != nil {
+				return "failed"
+			}
+			return fmt.Sprint(len(out.Contents))
+		}
+		out, err := s.Client().GetObject(ctx, &s3.GetObjectInput{Bucket: &s.Bucket, Key: &key, Range: &part}, once)
+		if err != nil {
+			return "failed"
+		}
+		defer out.Body.Close()
+		got, err := io.ReadAll(out.Body)
+		return fmt.Sprint(aws.ToString(out.ETag), aws.ToString(out.ContentRange), len(got), err)
+	}
+	for _, f := range AllFaults(time.Second) {
+		for _, kind := range []Kind{Get, List} {
+			if f.Kinds != nil && !slices.Contains(f.Kinds, kind) {
+				continue
+			}
+			s.SetHook(nil)
+			well := ask(kind)
+			storm := NewStorm(1, 1, f)
+			s.SetHook(storm.Hook())
+			if ill := ask(kind); ill == well {
+				t.Errorf("%s of a %s: %s, as without it", f.Name, kind, ill)
+			}
+			if byName, n := storm.Injected(); n != 1 || byName[f.Name] != 1 {
+				t.Errorf("%s of a %s: counted %v", f.Name, kind, byName)
+			}
+		}
+	}
+	storm := NewStorm(1, 0.3, Fault{Name: "500", Hook: Refuse(500, "InternalError")})
+	s.SetHook(storm.Hook())
+	failed := 0
+	for range 200 {
+		if ask(List) == "failed" {
+			failed++
+		}
+	}
+	if _, n := storm.Injected(); n != failed || n < 30 || n > 90 {
+		t.Errorf("%d of 200 requests failed, %d faults; want about 60", failed, n)
+	}
 }

@@ -69,6 +69,7 @@ type client struct {
 	next          http.RoundTripper
 	request, idle time.Duration
 	observer      source.Observer
+	guard         *source.Guard
 }
 
 // timeoutError is retried by the SDK, because it has this method.
@@ -79,6 +80,10 @@ func (e timeoutError) Timeout() bool { return true }
 
 // Do sends one request. It does not follow redirects.
 func (c *client) Do(req *http.Request) (*http.Response, error) {
+	pass, err := c.guard.Enter(req.Context())
+	if err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithCancelCause(req.Context())
 	late := time.AfterFunc(c.request, func() { cancel(timeoutError(fmt.Sprintf("no answer within %v", c.request))) })
 	start, kind := time.Now(), kindOf(req)
@@ -86,9 +91,19 @@ func (c *client) Do(req *http.Request) (*http.Response, error) {
 	late.Stop()
 	if err != nil {
 		err = cause(ctx, err)
+		if req.Context().Err() != nil || errors.Is(err, object.ErrInvalid) {
+			pass.Canceled()
+		} else {
+			pass.Failed(err, 0)
+		}
 		cancel(err)
 		c.observer.Requested(kind, time.Since(start), err)
 		return nil, err
+	}
+	if inTrouble(resp.StatusCode) {
+		pass.Failed(fmt.Errorf("HTTP %s", resp.Status), retryAfterOf(resp.Header))
+	} else {
+		pass.OK()
 	}
 	c.observer.Requested(kind, time.Since(start), nil)
 	b := &timedBody{ReadCloser: resp.Body, ctx: ctx, cancel: cancel, idle: c.idle}
@@ -118,25 +133,35 @@ func cause(ctx context.Context, err error) error {
 	return err
 }
 
-// timedBody ends with an error when a Read waits longer than idle. A body that nobody
-// reads waits as long as it likes.
+// slowBytes have to come within the idle timeout, or a body is as good as broken off.
+const slowBytes = 256 << 10
+
+// timedBody ends with an error when its reader has waited for the idle timeout and got less than slowBytes. A
+// body that nobody reads waits as long as it likes.
 type timedBody struct {
 	io.ReadCloser
 	ctx      context.Context // of the request
 	cancel   context.CancelCauseFunc
 	idle     time.Duration
 	timer    *time.Timer
+	waited   time.Duration   // for the bytes
+	got      int             // that came since
 	observer source.Observer // nil for bodies that are not an object's
 }
 
 func (b *timedBody) Read(p []byte) (int, error) {
-	if b.timer == nil {
-		b.timer = time.AfterFunc(b.idle, func() { b.cancel(timeoutError(fmt.Sprintf("nothing came for %v", b.idle))) })
+	if left := max(0, b.idle-b.waited); b.timer == nil {
+		b.timer = time.AfterFunc(left, func() { b.cancel(timeoutError(fmt.Sprintf("next to nothing came for %v", b.idle))) })
 	} else {
-		b.timer.Reset(b.idle)
+		b.timer.Reset(left)
 	}
+	start := time.Now()
 	n, err := b.ReadCloser.Read(p)
 	b.timer.Stop()
+	b.waited += time.Since(start)
+	if b.got += n; b.got >= slowBytes {
+		b.waited, b.got = 0, 0
+	}
 	if b.observer != nil && n > 0 {
 		b.observer.Received(n)
 	}

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"net/http"
+	"strconv"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
@@ -33,6 +35,7 @@ var codes = map[string]error{
 	"AuthorizationHeaderMalformed":       object.ErrInvalid, // the region is another one
 	"IllegalLocationConstraintException": object.ErrInvalid,
 	"SlowDown":                           object.ErrUnavailable,
+	"RequestTimeTooSkewed":               object.ErrUnavailable, // a 403, but about somebody's clock
 }
 
 // sentinel decides what an answer with that status and code means.
@@ -60,8 +63,11 @@ func sentinel(kind source.Kind, status int, code string) error {
 // wrap says what was asked of whom and what came back: the code, not the store's message,
 // which may repeat what was sent.
 func (s *Source) wrap(ctx context.Context, kind source.Kind, what string, err error) error {
-	if ctx.Err() != nil {
-		return fmt.Errorf("%s %q in %s: %w", kind, what, s.where, context.Cause(ctx))
+	if cause := context.Cause(ctx); cause == errPatience {
+		return fmt.Errorf("%s %q in %s: %w: no answer that can be used within %v%s",
+			kind, what, s.where, object.ErrUnavailable, s.patience, s.retry.guard.Trouble())
+	} else if cause != nil {
+		return fmt.Errorf("%s %q in %s: %w", kind, what, s.where, cause)
 	}
 	var api smithy.APIError
 	var resp *smithyhttp.ResponseError
@@ -79,6 +85,10 @@ func (s *Source) wrap(ctx context.Context, kind source.Kind, what string, err er
 	if errors.Is(err, object.ErrInvalid) { // from the dialer
 		is = object.ErrInvalid
 	}
+	skew := skewOf(resp)
+	if is == object.ErrDenied && tooSkewed(skew) {
+		is = object.ErrUnavailable // nobody lost a right
+	}
 	var text string
 	switch {
 	case code != "" && status != 0:
@@ -90,6 +100,9 @@ func (s *Source) wrap(ctx context.Context, kind source.Kind, what string, err er
 	}
 	if region := regionOf(resp); is == object.ErrInvalid && region != "" {
 		text += ": the bucket is in region " + region
+	}
+	if tooSkewed(skew) {
+		text += fmt.Sprintf(": the store's clock is %v ahead of ours", skew.Truncate(time.Second))
 	}
 	if is == nil {
 		return fmt.Errorf("%s %q in %s: %s", kind, what, s.where, text)
@@ -108,6 +121,23 @@ func regionOf(resp *smithyhttp.ResponseError) string {
 	return region
 }
 
+// skewOf is by how much the store's clock is ahead of the time that a refused request was signed with; 0 if it was
+// not refused, or that is not known.
+func skewOf(resp *smithyhttp.ResponseError) time.Duration {
+	if resp == nil || resp.Response == nil || resp.Response.Request == nil || resp.HTTPStatusCode() != http.StatusForbidden {
+		return 0
+	}
+	signed, err := time.Parse("20060102T150405Z", resp.Response.Request.Header.Get("X-Amz-Date"))
+	date, err2 := http.ParseTime(resp.Response.Header.Get("Date"))
+	if err != nil || err2 != nil {
+		return 0
+	}
+	return date.Sub(signed)
+}
+
+// tooSkewed is the SDK's own bound; stores refuse from 15 minutes on.
+func tooSkewed(d time.Duration) bool { return d.Abs() > 4*time.Minute }
+
 // innermost takes the SDK's wrapping off a network error.
 func innermost(err error) error {
 	var send *smithyhttp.RequestSendError
@@ -125,9 +155,13 @@ func innermost(err error) error {
 type retryer struct {
 	attempts int
 	backoff  time.Duration
+	guard    *source.Guard
 }
 
-const maxBackoff = 5 * time.Second
+const (
+	maxBackoff    = 5 * time.Second
+	maxRetryAfter = 20 * time.Second
+)
 
 // delay before attempt n+2, counted from 0: anything up to a bound that doubles.
 func (r retryer) delay(n int) time.Duration {
@@ -135,33 +169,78 @@ func (r retryer) delay(n int) time.Duration {
 	return rand.N(bound) + 1
 }
 
-func (r retryer) wait(ctx context.Context, n int) error {
+// wait is for who makes its attempts itself. What has brought something is no retry.
+func (r retryer) wait(ctx context.Context, n int, retry bool) error {
 	t := time.NewTimer(r.delay(n))
 	defer t.Stop()
 	select {
 	case <-t.C:
-		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
+	if !retry {
+		return nil
+	}
+	return r.guard.Retry(ctx)
 }
 
-// sdk is the retryer of single requests. Its attempts are bounded; the SDK's token bucket
+// sdk is the retryer of single requests. Its attempts are bounded, and they wait for the guard's budget; the SDK's own
 // would fail the readers of one file because those of another were unlucky.
 func (r retryer) sdk() aws.Retryer {
-	return retry.NewStandard(func(o *retry.StandardOptions) {
+	return guarded{guard: r.guard, RetryerV2: retry.NewStandard(func(o *retry.StandardOptions) {
 		o.MaxAttempts = r.attempts
 		o.RateLimiter = ratelimit.None
-		o.Backoff = retry.BackoffDelayerFunc(func(n int, _ error) (time.Duration, error) { return r.delay(n - 1), nil })
-		o.Retryables = append([]retry.IsErrorRetryable{retry.IsErrorRetryableFunc(refused)},
+		o.Backoff = retry.BackoffDelayerFunc(func(n int, err error) (time.Duration, error) {
+			return r.delay(n-1) + retryAfter(err), nil
+		})
+		o.Retryables = append([]retry.IsErrorRetryable{retry.IsErrorRetryableFunc(decidedHere)},
 			append(o.Retryables, retry.IsErrorRetryableFunc(worthRetrying))...)
-	})
+	})}
 }
 
-// refused keeps the SDK from trying an address again that our dialer does not connect to.
-func refused(err error) aws.Ternary {
-	if errors.Is(err, object.ErrInvalid) {
+// guarded waits for the guard before each retry.
+type guarded struct {
+	aws.RetryerV2
+	guard *source.Guard
+}
+
+// GetRetryToken implements aws.Retryer.
+func (g guarded) GetRetryToken(ctx context.Context, _ error) (func(error) error, error) {
+	return func(error) error { return nil }, g.guard.Retry(ctx)
+}
+
+// retryAfter is for how long the store wants to be left alone.
+func retryAfter(err error) time.Duration {
+	var resp *smithyhttp.ResponseError
+	if !errors.As(err, &resp) || resp.Response == nil {
+		return 0
+	}
+	return retryAfterOf(resp.Response.Header)
+}
+
+func retryAfterOf(h http.Header) time.Duration {
+	v := h.Get("Retry-After")
+	if s, err := strconv.ParseUint(v, 10, 32); err == nil {
+		return min(time.Duration(s)*time.Second, maxRetryAfter)
+	}
+	if at, err := http.ParseTime(v); err == nil {
+		return min(max(0, time.Until(at)), maxRetryAfter)
+	}
+	return 0
+}
+
+// decidedHere goes before what the SDK thinks: an address that our dialer does not connect to, and a store that is
+// left alone, are not tried again; a name that does not resolve, and a signature whose time was wrong, are.
+func decidedHere(err error) aws.Ternary {
+	var dns *net.DNSError
+	var resp *smithyhttp.ResponseError
+	switch {
+	case errors.Is(err, object.ErrInvalid), errors.Is(err, object.ErrUnavailable):
 		return aws.FalseTernary
+	case errors.As(err, &dns):
+		return aws.TrueTernary
+	case errors.As(err, &resp) && tooSkewed(skewOf(resp)):
+		return aws.TrueTernary
 	}
 	return aws.UnknownTernary
 }
@@ -173,6 +252,11 @@ func worthRetrying(err error) aws.Ternary {
 		return aws.UnknownTernary
 	}
 	status := resp.HTTPStatusCode()
-	return aws.BoolTernary(status < 300 || status >= 500 && status != http.StatusNotImplemented ||
-		status == http.StatusTooManyRequests || status == http.StatusRequestTimeout)
+	return aws.BoolTernary(status < 300 || inTrouble(status))
+}
+
+// inTrouble reports whether a status says that the store cannot answer now.
+func inTrouble(status int) bool {
+	return status >= 500 && status != http.StatusNotImplemented ||
+		status == http.StatusTooManyRequests || status == http.StatusRequestTimeout
 }

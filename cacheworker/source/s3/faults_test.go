@@ -7,12 +7,17 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	v4 "github.com/aws/aws-sdk-go-v2/aws/signer/v4"
 
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/cacheworker/source"
@@ -170,9 +175,9 @@ func TestAnswerThatIsNotWhatWasAskedForIsNotUsed(t *testing.T) {
 		off, n int64
 		want   error
 	}{
-		{"another etag", s3test.SetHeader("ETag", `"00"`), 0, 10, object.ErrChanged},
-		{"no etag", s3test.SetHeader("ETag", ""), 0, 10, object.ErrChanged},
-		{"another size", s3test.SetHeader("Content-Range", "bytes 0-9/10"), 0, 10, object.ErrChanged},
+		{"another etag", s3test.SetHeader("ETag", `"00"`), 0, 10, object.ErrUnavailable}, // a HEAD says that it is not changed
+		{"no etag", s3test.SetHeader("ETag", ""), 0, 10, object.ErrUnavailable},
+		{"another size", s3test.SetHeader("Content-Range", "bytes 0-9/10"), 0, 10, object.ErrUnavailable},
 		{"another place", s3test.SetHeader("Content-Range", fmt.Sprintf("bytes 5-14/%d", f.obj.Size)), 0, 10, object.ErrUnavailable},
 		{"a range of nothing", s3test.SetHeader("Content-Range", "bytes"), 0, 10, object.ErrUnavailable},
 		{"the whole for its end", f.srv.IgnoreRange(), 10, 10, object.ErrUnavailable},
@@ -284,7 +289,7 @@ func TestUnreachableStoreIsUnavailable(t *testing.T) {
 	}
 }
 
-// trickle yields one byte each interval, and nothing once its context has ended.
+// trickle yields something each interval, and nothing once its context has ended.
 type trickle struct {
 	ctx      context.Context
 	interval time.Duration
@@ -293,7 +298,10 @@ type trickle struct {
 func (b *trickle) Read(p []byte) (int, error) {
 	select {
 	case <-time.After(b.interval):
-		return copy(p, "x"), nil
+		if len(p) < slowBytes {
+			p = p[:1]
+		}
+		return len(p), nil
 	case <-b.ctx.Done():
 		return 0, b.ctx.Err()
 	}
@@ -304,19 +312,34 @@ func (b *trickle) Close() error { return nil }
 func TestBodyTimesOutOnlyWhileSomebodyWaitsForIt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancelCause(t.Context())
-		slow := &trickle{ctx, 9 * time.Second}
+		slow := &trickle{ctx, 3 * time.Second}
 		b := &timedBody{ReadCloser: slow, ctx: ctx, cancel: cancel, idle: 10 * time.Second}
 		for range 3 {
 			if n, err := b.Read(make([]byte, 10)); n != 1 || err != nil {
-				t.Errorf("slow, but not idle: %d, %v", n, err)
+				t.Errorf("slow, but not yet too slow: %d, %v", n, err)
 			}
 			time.Sleep(time.Hour) // the reader is busy with something else
 		}
-		slow.interval = 11 * time.Second
 		start := time.Now()
 		var timeout timeoutError
-		if n, err := b.Read(make([]byte, 10)); n != 0 || !errors.As(err, &timeout) || time.Since(start) != 10*time.Second {
-			t.Errorf("idle: %d, %v after %v", n, err, time.Since(start))
+		if n, err := b.Read(make([]byte, 10)); n != 0 || !errors.As(err, &timeout) || time.Since(start) != time.Second {
+			t.Errorf("three bytes in ten seconds: %d, %v after %v", n, err, time.Since(start))
+		}
+		if err := b.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestBodyMayBeSlowAsLongAsItComes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		b := &timedBody{ReadCloser: &trickle{ctx, 9 * time.Second}, ctx: ctx, cancel: cancel, idle: 10 * time.Second}
+		p := make([]byte, slowBytes)
+		for range 20 {
+			if n, err := b.Read(p); n != len(p) || err != nil {
+				t.Fatalf("%d, %v", n, err)
+			}
 		}
 		if err := b.Close(); err != nil {
 			t.Error(err)
@@ -369,5 +392,160 @@ func TestConnectionsAreReused(t *testing.T) {
 	}
 	if len(seen) != 1 {
 		t.Errorf("40 requests, one after the other, used %d connections", len(seen))
+	}
+}
+
+// A passing wrong answer is no other version: the store is asked again.
+func TestAWrongEtagThatPassesIsNotSeen(t *testing.T) {
+	f := newFixture(t, nil)
+	for name, hook := range map[string]s3test.Hook{
+		"another etag":  s3test.SetHeader("ETag", `"00"`),
+		"no etag":       s3test.SetHeader("ETag", ""),
+		"another size":  s3test.SetHeader("Content-Range", "bytes 0-9/10"),
+		"another place": s3test.SetHeader("Content-Range", fmt.Sprintf("bytes 5-14/%d", f.obj.Size)),
+	} {
+		f.srv.SetHook(s3test.Times(2, s3test.Get, hook))
+		if got, err := f.read(t.Context(), 0, 10); err != nil || !bytes.Equal(got, f.data[:10]) {
+			t.Errorf("%s: %q, %v", name, got, err)
+		}
+		f.srv.SetHook(s3test.Times(1, s3test.Get, s3test.Truncate(1000))) // and in the middle of a body
+		r, err := f.src.Get(t.Context(), f.obj, 0, f.obj.Size)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.srv.SetHook(s3test.Times(2, s3test.Get, hook))
+		if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, f.data) {
+			t.Errorf("%s in the middle: %d bytes, %v", name, len(got), err)
+		}
+		r.Close()
+	}
+}
+
+func TestRetryAfterIsKept(t *testing.T) {
+	f := newFixture(t, nil)
+	in2s := time.Now().Add(2 * time.Second).UTC().Format(http.TimeFormat)
+	for _, c := range []struct {
+		value   string
+		kind    s3test.Kind
+		atLeast time.Duration
+	}{{"1", s3test.Head, time.Second}, {"1", s3test.Get, time.Second}, {in2s, s3test.List, 0}, {"soon", s3test.Get, 0}} {
+		f.srv.ResetCounts()
+		f.srv.SetHook(s3test.Times(1, c.kind, s3test.RefuseFor(c.value, 503, "SlowDown")))
+		for k, err := range f.all(t.Context()) {
+			if err != nil {
+				t.Errorf("%s of %s: %s: %v", c.value, c.kind, k, err)
+			}
+		}
+		var at []time.Time
+		for _, r := range f.srv.Requests() {
+			if r.Kind == c.kind {
+				at = append(at, r.At)
+			}
+		}
+		if len(at) != 2 || at[1].Sub(at[0]) < c.atLeast {
+			t.Errorf("%s of %s: asked at %v", c.value, c.kind, at)
+		}
+	}
+	for value, want := range map[string]time.Duration{"": 0, "-1": 0, "7": 7 * time.Second, "86400": maxRetryAfter, "99999999999": 0, "Thu, 01 Jan 1970 00:00:00 GMT": 0,
+		"Thu, 01 Jan 2970 00:00:00 GMT": maxRetryAfter} {
+		if got := retryAfterOf(http.Header{"Retry-After": {value}}); got != want {
+			t.Errorf("Retry-After %q: %v; want %v", value, got, want)
+		}
+	}
+}
+
+// A call ends when patience does, however many attempts are left, and says what it met.
+func TestPatienceEndsACall(t *testing.T) {
+	for name, fault := range map[string]s3test.Hook{"503": s3test.Refuse(503, "SlowDown"), "no answer": s3test.Stall(-1)} {
+		f := newFixture(t, func(c *Config) {
+			c.Attempts, c.Patience, c.RequestTimeout = 1_000_000, 300*time.Millisecond, 50*time.Millisecond
+		})
+		f.srv.SetHook(fault)
+		for kind, err := range f.all(t.Context()) {
+			if !errors.Is(err, object.ErrUnavailable) || !strings.Contains(err.Error(), "within 300ms") || !strings.Contains(err.Error(), "failed") {
+				t.Errorf("%s: %s: %v", name, kind, err)
+			}
+		}
+	}
+}
+
+// unresolved is a transport for which names do not resolve at first.
+func unresolved(n int64) (http.RoundTripper, *atomic.Int64) {
+	var dials atomic.Int64
+	tr := NewTransport(TransportConfig{})
+	dial := tr.DialContext
+	tr.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		if i := dials.Add(1); i <= n {
+			return nil, &net.OpError{Op: "dial", Net: network, Err: &net.DNSError{Err: "no such host", Name: addr, IsNotFound: i%2 == 1}}
+		}
+		return dial(ctx, network, addr)
+	}
+	return tr, &dials
+}
+
+func TestNamesThatDoNotResolveAreTriedAgain(t *testing.T) {
+	tr, dials := unresolved(4)
+	f := newFixture(t, func(c *Config) { c.Transport = tr }) // whose HEAD is it that meets them
+	if n := dials.Load(); n != 5 {
+		t.Errorf("%d dials", n)
+	}
+	if got, err := f.read(t.Context(), 0, 10); err != nil || !bytes.Equal(got, f.data[:10]) {
+		t.Error(err)
+	}
+	tr, _ = unresolved(1000)
+	f.src = open(t, f.srv, func(c *Config) { c.Transport, c.Attempts = tr, 3 })
+	for kind, err := range f.all(t.Context()) {
+		if !errors.Is(err, object.ErrUnavailable) || !strings.Contains(err.Error(), "no such host") {
+			t.Errorf("%s: %v", kind, err)
+		}
+	}
+}
+
+// skewed is a store whose clock is ahead of ours: it wants requests that are signed by its time.
+func (f *fixture) skewed(by time.Duration) s3test.Hook {
+	creds := aws.Credentials{AccessKeyID: f.srv.AccessKey, SecretAccessKey: f.srv.SecretKey}
+	return func(w http.ResponseWriter, r *http.Request, req s3test.Request, next http.Handler) {
+		now := time.Now().UTC()
+		date := now.Add(by).Format(http.TimeFormat)
+		signed, err := time.Parse("20060102T150405Z", r.Header.Get("X-Amz-Date"))
+		if err != nil || now.Add(by).Sub(signed).Abs() > 15*time.Minute {
+			w.Header().Set("Date", date)
+			s3test.Refuse(403, "RequestTimeTooSkewed")(w, r, req, next)
+			return
+		}
+		r.Header.Del("Authorization")
+		err = v4.NewSigner(func(o *v4.SignerOptions) { o.DisableURIPathEscaping = true }).
+			SignHTTP(r.Context(), creds, r, r.Header.Get("X-Amz-Content-Sha256"), "s3", f.srv.Region, now)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadGateway)
+			return
+		}
+		s3test.SetHeader("Date", date)(w, r, req, next)
+	}
+}
+
+func TestAStoresClockMayBeWrong(t *testing.T) {
+	for _, by := range []time.Duration{20 * time.Minute, -3 * time.Hour} {
+		f := newFixture(t, nil)
+		f.srv.SetHook(f.skewed(by))
+		for range 3 {
+			for kind, err := range f.all(t.Context()) {
+				if err != nil {
+					t.Errorf("%v ahead: %s: %v", by, kind, err)
+				}
+			}
+		}
+		if n := len(f.srv.Requests()); n > 18 {
+			t.Errorf("%v ahead: %d requests for 9 calls", by, n)
+		}
+		f.srv.SetHook(func(w http.ResponseWriter, r *http.Request, req s3test.Request, next http.Handler) {
+			w.Header().Set("Date", time.Now().UTC().Add(rand.N(1000*time.Hour)+time.Hour).Format(http.TimeFormat))
+			s3test.Refuse(403, "RequestTimeTooSkewed")(w, r, req, next)
+		})
+		for kind, err := range f.all(t.Context()) {
+			if !errors.Is(err, object.ErrUnavailable) || !strings.Contains(err.Error(), "clock") {
+				t.Errorf("a clock that jumps: %s: %v; nobody lost a right", kind, err)
+			}
+		}
 	}
 }

@@ -2,6 +2,7 @@ package s3
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strconv"
@@ -25,11 +26,19 @@ func (s *Source) Get(ctx context.Context, obj object.Object, off, n int64) (io.R
 		return nil, err
 	}
 	b := &body{ctx: ctx, src: s, obj: obj, off: off, left: n}
-	if err := b.open(); err != nil {
+	err := b.open()
+	for errors.Is(err, errUnusable) {
+		b.failed = err
+		err = b.resume()
+	}
+	if err != nil {
 		return nil, err
 	}
 	return b, nil
 }
+
+// errUnusable is an answer that is not what was asked for, which another attempt may be.
+var errUnusable = errors.New("the answer cannot be used")
 
 // body is a range that is being read.
 type body struct {
@@ -39,11 +48,16 @@ type body struct {
 	off  int64
 	left int64
 
-	rc     io.ReadCloser // the answer; nil when it broke off
-	failed error         // why it did
-	broken int           // break-offs since the last byte
-	end    error         // what every further Read returns
+	rc     io.ReadCloser      // the answer; nil when it broke off
+	cancel context.CancelFunc // of its request
+	failed error              // why it broke off
+	came   int                // bytes since it did
+	broken int                // break-offs since there was progress
+	end    error              // what every further Read returns
 }
+
+// progress is what a body has to bring, or all that is left, to be worth another attempt after those that were allowed.
+const progress = 64 << 10
 
 func (b *body) Read(p []byte) (int, error) {
 	for {
@@ -57,7 +71,12 @@ func (b *body) Read(p []byte) (int, error) {
 			return 0, fmt.Errorf("get %q in %s: %w", b.obj.Key, b.src.where, err)
 		}
 		if b.rc == nil {
-			if err := b.resume(); err != nil {
+			err := b.resume()
+			if errors.Is(err, errUnusable) {
+				b.failed = err
+				continue
+			}
+			if err != nil {
 				b.end = err
 				return 0, err
 			}
@@ -65,12 +84,12 @@ func (b *body) Read(p []byte) (int, error) {
 		n, err := b.rc.Read(p[:min(int64(len(p)), b.left)])
 		b.off += int64(n)
 		b.left -= int64(n)
+		b.came += n
 		if b.left == 0 || err != nil {
-			b.rc.Close()
-			b.rc, b.failed = nil, err
+			b.stop()
+			b.failed = err
 		}
 		if n > 0 {
-			b.broken = 0
 			return n, nil
 		}
 	}
@@ -89,15 +108,29 @@ func (b *body) resume() error {
 	if b.failed == io.EOF {
 		b.failed = io.ErrUnexpectedEOF
 	}
+	further := b.came >= progress
+	if further {
+		b.broken = 0
+	}
+	b.came = 0
 	b.broken++
 	if b.broken >= s.retry.attempts {
-		return fmt.Errorf("get %q in %s: %w: the body broke off %d times at byte %d: %v",
+		return fmt.Errorf("get %q in %s: %w: %d answers broke off or were of no use, the last at byte %d: %v",
 			b.obj.Key, s.where, object.ErrUnavailable, b.broken, b.off, b.failed)
 	}
-	if err := s.retry.wait(b.ctx, b.broken-1); err != nil {
-		return fmt.Errorf("get %q in %s: %w", b.obj.Key, s.where, err)
+	ctx, done := s.bounded(b.ctx)
+	defer done()
+	if err := s.retry.wait(ctx, b.broken-1, !further); err != nil {
+		return s.wrap(ctx, source.Get, b.obj.Key, err)
 	}
 	return b.open()
+}
+
+// stop ends the answer.
+func (b *body) stop() {
+	b.rc.Close()
+	b.cancel()
+	b.rc = nil
 }
 
 // open asks for the rest of the range and checks that the answer is just that.
@@ -110,20 +143,33 @@ func (b *body) open() error {
 	if err := condition(in, b.obj.Version); err != nil {
 		return err
 	}
-	out, err := s.api.GetObject(b.ctx, in)
-	if err != nil {
-		return s.wrap(b.ctx, source.Get, b.obj.Key, err)
+	ctx, cancel := context.WithCancelCause(b.ctx) // of the body too, which patience does not bound
+	late := time.AfterFunc(s.patience, func() { cancel(errPatience) })
+	out, err := s.api.GetObject(ctx, in)
+	if !late.Stop() && err == nil {
+		out.Body.Close()
+		err = context.Cause(ctx)
 	}
+	if err != nil {
+		err = s.wrap(ctx, source.Get, b.obj.Key, err)
+		cancel(nil)
+		return err
+	}
+	b.rc, b.cancel = out.Body, func() { cancel(nil) }
 	err = b.check(out)
-	if err == nil && young(out) {
+	if errors.Is(err, object.ErrChanged) { // it was asked not to answer then: perhaps that is not so
+		if now := s.confirm(b.ctx, b.obj); now == nil {
+			err = b.unusable("%v", err)
+		} else {
+			err = now
+		}
+	} else if err == nil && young(out) {
 		err = s.confirm(b.ctx, b.obj)
 	}
 	if err != nil {
-		out.Body.Close()
-		return err
+		b.stop()
 	}
-	b.rc = out.Body
-	return nil
+	return err
 }
 
 // condition makes the store refuse to answer with another version.
@@ -179,7 +225,7 @@ func (b *body) changed(format string, args ...any) error {
 }
 
 func (b *body) unusable(format string, args ...any) error {
-	return fmt.Errorf("get %q in %s: %w: the answer cannot be used: %s", b.obj.Key, b.src.where, object.ErrUnavailable, fmt.Sprintf(format, args...))
+	return fmt.Errorf("get %q in %s: %w: %w: %s", b.obj.Key, b.src.where, object.ErrUnavailable, errUnusable, fmt.Sprintf(format, args...))
 }
 
 func (b *body) Close() error {
@@ -187,6 +233,7 @@ func (b *body) Close() error {
 	if b.rc == nil {
 		return nil
 	}
+	defer b.cancel()
 	err := b.rc.Close()
 	b.rc = nil
 	return err
@@ -217,8 +264,9 @@ func (s *Source) confirm(ctx context.Context, obj object.Object) error {
 	if err != nil {
 		return err
 	}
-	if now.Version != obj.Version {
-		return fmt.Errorf("get %q in %s: %w: its version is now %q, not %q", obj.Key, s.where, object.ErrChanged, now.Version, obj.Version)
+	if now.Version != obj.Version || now.Size != obj.Size {
+		return fmt.Errorf("get %q in %s: %w: now it is %q of %d bytes, not %q of %d",
+			obj.Key, s.where, object.ErrChanged, now.Version, now.Size, obj.Version, obj.Size)
 	}
 	return nil
 }

@@ -79,11 +79,13 @@ func (s *Source) list(ctx context.Context, in source.ListInput, after, token str
 	if token != "" {
 		req.ContinuationToken = &token
 	}
-	out, err := s.api.ListObjectsV2(ctx, req)
+	call, done := s.bounded(ctx)
+	defer done()
+	out, err := s.api.ListObjectsV2(call, req)
 	if err == nil {
 		return out, nil
 	}
-	err = s.wrap(ctx, source.List, in.Prefix, err)
+	err = s.wrap(call, source.List, in.Prefix, err)
 	if token != "" && ctx.Err() == nil && !decided(err) {
 		return s.list(ctx, in, after, "")
 	}

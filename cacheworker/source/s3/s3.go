@@ -37,13 +37,15 @@ type Config struct {
 	Ambient     bool        // find the credential as the AWS tools do: environment, files, metadata service
 	NodeKey     []byte      // of the principal
 
-	RequestTimeout time.Duration // until the answer begins; 0 means 30s
-	IdleTimeout    time.Duration // between two pieces of a body; 0 means 30s
-	Attempts       int           // of a request, and of a body without progress; 0 means 5
+	RequestTimeout time.Duration // until the answer begins; 0 means 20s
+	IdleTimeout    time.Duration // of waiting for a body's next 256 KiB; 0 means 15s
+	Patience       time.Duration // of all attempts of a request, waits between them included; 0 means 60s
+	Attempts       int           // of a request, and of a body without progress; 0 means 8
 	Backoff        time.Duration // at most, before the first retry, then doubled up to 5s; 0 means 100ms
 
 	Transport http.RoundTripper // shared by all sources of a process; nil means a NewTransport
 	Observer  source.Observer   // nil means nobody
+	Guard     *source.Guard     // shared by all sources of an endpoint; nil means its own
 }
 
 // Credentials as in a Secret.
@@ -65,6 +67,7 @@ type Source struct {
 	principal object.Principal
 	api       *s3.Client
 	retry     retryer
+	patience  time.Duration
 	tokens    tokens
 }
 
@@ -86,13 +89,14 @@ func New(cfg Config) (*Source, error) {
 		where:     fmt.Sprintf("bucket %s at %s", cfg.Bucket, host),
 		store:     object.Store("s3://" + host + "/" + cfg.Bucket),
 		principal: principal,
-		retry:     retryer{attempts: cfg.Attempts, backoff: cfg.Backoff},
+		retry:     retryer{attempts: cfg.Attempts, backoff: cfg.Backoff, guard: cfg.Guard},
+		patience:  cfg.Patience,
 	}
 	s.api = s3.New(s3.Options{
 		Region:       cfg.Region,
 		UsePathStyle: cfg.PathStyle,
 		Credentials:  creds,
-		HTTPClient:   &client{next: cfg.Transport, request: cfg.RequestTimeout, idle: cfg.IdleTimeout, observer: cfg.Observer},
+		HTTPClient:   &client{next: cfg.Transport, request: cfg.RequestTimeout, idle: cfg.IdleTimeout, observer: cfg.Observer, guard: cfg.Guard},
 		Retryer:      s.retry.sdk(),
 		// Checksums cover whole objects and we read ranges; what arrives is summed by the cache.
 		RequestChecksumCalculation:                aws.RequestChecksumCalculationWhenRequired,
@@ -111,13 +115,16 @@ func (c Config) withDefaults() Config {
 		c.Region = defaultRegion
 	}
 	if c.RequestTimeout == 0 {
-		c.RequestTimeout = 30 * time.Second
+		c.RequestTimeout = 20 * time.Second
 	}
 	if c.IdleTimeout == 0 {
-		c.IdleTimeout = 30 * time.Second
+		c.IdleTimeout = 15 * time.Second
+	}
+	if c.Patience == 0 {
+		c.Patience = time.Minute
 	}
 	if c.Attempts == 0 {
-		c.Attempts = 5
+		c.Attempts = 8
 	}
 	if c.Backoff == 0 {
 		c.Backoff = 100 * time.Millisecond
@@ -127,6 +134,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.Observer == nil {
 		c.Observer = source.Unobserved{}
+	}
+	if c.Guard == nil {
+		c.Guard = source.NewGuard(source.GuardConfig{})
 	}
 	return c
 }
@@ -210,6 +220,14 @@ func (s *Source) Store() object.Store { return s.store }
 // Principal is whose credential it is.
 func (s *Source) Principal() object.Principal { return s.principal }
 
+// errPatience ends a call whose attempts have taken too long.
+var errPatience = errors.New("patience is at an end")
+
+// bounded gives a call, with all its attempts, the time of one's patience.
+func (s *Source) bounded(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, s.patience, errPatience)
+}
+
 // maxKey is S3's limit. A longer key is not asked for: a HEAD's refusal has no body that
 // would tell it from an expired token.
 const maxKey = 1024
@@ -222,6 +240,8 @@ func (s *Source) Head(ctx context.Context, key string) (object.Object, error) {
 	if len(key) > maxKey {
 		return object.Object{}, fmt.Errorf("head %s in %s: %w: longer than %d bytes", key, s.where, object.ErrNotFound, maxKey)
 	}
+	ctx, done := s.bounded(ctx)
+	defer done()
 	out, err := s.api.HeadObject(ctx, &s3.HeadObjectInput{Bucket: &s.bucket, Key: &key})
 	if err != nil {
 		return object.Object{}, s.wrap(ctx, source.Head, key, err)

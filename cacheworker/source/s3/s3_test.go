@@ -19,6 +19,7 @@ func open(t *testing.T, srv *s3test.Server, change func(*Config)) *Source {
 		Bucket: srv.Bucket, Endpoint: srv.Endpoint, Region: srv.Region, PathStyle: true,
 		Credentials: Credentials{AccessKeyID: srv.AccessKey, SecretAccessKey: srv.SecretKey},
 		NodeKey:     []byte("node"), Backoff: time.Millisecond,
+		Guard: source.NewGuard(source.GuardConfig{Failures: 1000, RetriesPerS: 1000}),
 	}
 	if change != nil {
 		change(&cfg)
