@@ -37,6 +37,7 @@ type scan struct {
 	ahead  []span        // pages behind it
 
 	useful, waste float64 // pages
+	before        float64 // pages that an earlier list had: as many are to be expected
 	guesses       int     // ends of lanes that were not reached yet
 }
 
@@ -75,7 +76,7 @@ func (v *View) reading(dir, after string, a ask) {
 			f.scan = nil
 			return
 		}
-		s = &scan{v: v, dir: dir, ask: a, useful: float64(len(f.segs)),
+		s = &scan{v: v, dir: dir, ask: a, useful: 1, before: float64(len(f.segs)),
 			lanes: []*lane{{cookie: cookieBefore(*gap), end: end}}}
 		if i := firstAbove(f.segs, after); i < len(f.segs) {
 			s.lanes[0].listed(f.segs[i], len(dir))
@@ -166,7 +167,7 @@ func (s *scan) idle() *lane {
 // them is a guess. It costs one request at most: the page in which the one before ends, or the new one's if there
 // is nothing.
 func (s *scan) split() *lane {
-	if len(s.lanes) >= maxLanes || s.full() || s.waste+float64(s.guesses)+1 > s.useful/wasteShare {
+	if len(s.lanes) >= maxLanes || s.full() || s.waste+float64(s.guesses)+1 > max(s.useful, s.before)/wasteShare {
 		return nil
 	}
 	for i, l := range s.lanes {
@@ -284,8 +285,9 @@ func (s *scan) take(seg *segment, fresh int) {
 
 // walk is how a folder's own folders are being read, one after the other.
 type walk struct {
-	n  int
-	at time.Duration
+	n    int
+	last string // the one that was begun last
+	at   time.Duration
 }
 
 // walking notes that a folder is read from its beginning, and lists the next ones of its parent. Requires c.mu.
@@ -301,7 +303,10 @@ func (v *View) walking(dir string, a ask) {
 	if c.now()-w.at > walkGone {
 		w.n = 0
 	}
-	w.n, w.at = w.n+1, c.now()
+	w.at = c.now()
+	if w.last != dir { // or many readers of one folder would look like one of many
+		w.n, w.last = w.n+1, dir
+	}
 	if w.n < 2 {
 		return
 	}

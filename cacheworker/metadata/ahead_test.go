@@ -155,8 +155,12 @@ func TestALargeFolderIsListedFromSeveralPlacesAtOnce(t *testing.T) {
 				took, series := time.Since(start), pages*w.delay
 				lists, most, twice := w.reset()
 				t.Logf("%d LISTs, %d at once, %v; a series takes %v", lists, most, took, series)
-				if lists > pages*6/5 || twice > 0 || w.heads > 0 || took > series/2 {
-					t.Error("want at most 1.2 times the LISTs, in half of that time")
+				limit := series / 2
+				if shape == "dates" || shape == "mixed" { // they leave gaps where a number would go on
+					limit = series * 2 / 3
+				}
+				if lists > pages*6/5 || twice > 0 || w.heads > 0 || took > limit {
+					t.Errorf("want at most 1.2 times the LISTs, within %v", limit)
 				}
 				if read(t, v, "d/", time.Hour); w.lists != 0 {
 					t.Errorf("%d LISTs the second time", w.lists)

@@ -1,6 +1,7 @@
 package metadata
 
 import (
+	"sort"
 	"strings"
 )
 
@@ -8,7 +9,8 @@ import (
 // which names differ. It only ever guesses: any name may be asked for, and the store says what
 // comes behind.
 type pace struct {
-	from, to int    // the bytes of a name that make the number, where they are digits
+	from, to int    // the bytes of a name that make the number
+	fixed    uint32 // those of them that are the same in all names and no digits, as bits
 	digits   string // in their order
 	step     uint64 // of a page
 }
@@ -41,9 +43,14 @@ func paceOf(first string, pages int, page []slot, prefixLen int) pace {
 		i++
 	}
 	p := pace{from: i, to: min(i+finePlaces, len(last))}
-	p.digits = p.alphabet(page, prefixLen)
-	for p.from > 0 && p.to-p.from < paceBytes && (p.digit(last, p.from-1) || strings.IndexByte(alphanumeric, last[p.from-1]) < 0) {
+	varies := p.alphabet(page, prefixLen)
+	for p.from > 0 && p.to-p.from < paceBytes && (p.digit(last[p.from-1]) || strings.IndexByte(alphanumeric, last[p.from-1]) < 0) {
 		p.from--
+	}
+	for at := p.from; at < p.to; at++ {
+		if !p.digit(last[at]) && !strings.Contains(varies, string(rune(at))) {
+			p.fixed |= 1 << (at - p.from)
+		}
 	}
 	if a, b := p.number(first), p.number(last); p.digits != "" && a < b {
 		p.step = max(1, (b-a)/uint64(pages))
@@ -51,39 +58,47 @@ func paceOf(first string, pages int, page []slot, prefixLen int) pace {
 	return p
 }
 
-// alphabet is the smallest one that has all digits in which names of the page differ.
-func (p pace) alphabet(page []slot, prefixLen int) string {
+// alphabet sets the digits: the fewest that the page's names need where they differ. It returns the places
+// where they do.
+func (p *pace) alphabet(page []slot, prefixLen int) (varies string) {
 	seen := ""
 	for at := p.from; at < p.to; at++ {
 		here := ""
 		for i := 0; i < len(page); i += max(1, len(page)/paceNames) {
 			name := page[i].key[prefixLen:]
-			if at < len(name) && strings.IndexByte(alphanumeric, name[at]) >= 0 && strings.IndexByte(here, name[at]) < 0 {
-				here += string(name[at])
+			if at < len(name) && strings.IndexByte(here, name[at]) < 0 {
+				here += name[at : at+1]
 			}
 		}
 		if len(here) > 1 || at == p.from {
 			seen += here
+			varies += string(rune(at))
 		}
 	}
 	for _, a := range alphabets {
-		if seen != "" && strings.Trim(seen, a) == "" {
-			return a
+		if p.digits = a; !strings.ContainsFunc(seen, func(c rune) bool { return strings.ContainsRune(alphanumeric, c) && !strings.ContainsRune(a, c) }) {
+			break
 		}
 	}
-	return ""
+	if !strings.ContainsAny(seen, alphanumeric) {
+		p.digits = ""
+	}
+	return varies
 }
 
-func (p pace) digit(name string, i int) bool { return strings.IndexByte(p.digits, name[i]) >= 0 }
+func (p pace) digit(c byte) bool { return strings.IndexByte(p.digits, c) >= 0 }
 
-// number is what the digits of a name mean. Other bytes do not count, and missing ones are zero.
+// number is what the bytes of a name mean. What is no digit is the one before which it sorts; what is missing is zero.
 func (p pace) number(name string) (n uint64) {
 	for i := p.from; i < p.to; i++ {
-		if i >= len(name) {
-			n *= uint64(len(p.digits))
-		} else if p.digit(name, i) {
-			n = n*uint64(len(p.digits)) + uint64(strings.IndexByte(p.digits, name[i]))
+		if p.fixed>>(i-p.from)&1 == 1 {
+			continue
 		}
+		d := 0
+		if i < len(name) {
+			d = min(len(p.digits)-1, sort.Search(len(p.digits), func(k int) bool { return p.digits[k] >= name[i] }))
+		}
+		n = n*uint64(len(p.digits)) + uint64(d)
 	}
 	return n
 }
@@ -99,7 +114,7 @@ func (p pace) beyond(name string, pages int) (string, bool) {
 	}
 	base, limit := uint64(len(p.digits)), uint64(1)
 	for i := p.from; i < p.to; i++ {
-		if p.digit(string(out), i) {
+		if p.fixed>>(i-p.from)&1 == 0 {
 			limit *= base
 		}
 	}
@@ -111,7 +126,7 @@ func (p pace) beyond(name string, pages int) (string, bool) {
 		return "", false
 	}
 	for i := p.to - 1; i >= p.from; i-- {
-		if p.digit(string(out), i) {
+		if p.fixed>>(i-p.from)&1 == 0 {
 			out[i] = p.digits[target%base]
 			target /= base
 		}
