@@ -25,6 +25,9 @@ func (m *Mount) xattrs(n *node) map[string]string {
 
 // GetXAttr implements fuse.RawFileSystem.
 func (m *Mount) GetXAttr(_ <-chan struct{}, h *fuse.InHeader, attr string, dest []byte) (uint32, fuse.Status) {
+	if !strings.HasPrefix(attr, "user.") {
+		return 0, fuse.Status(syscall.EOPNOTSUPP) // then ls asks no other file for its ACL and its label
+	}
 	v, ok := m.xattrs(m.table.get(h.NodeId))[attr]
 	if !ok {
 		return 0, fuse.Status(syscall.ENODATA)
