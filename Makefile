@@ -5,7 +5,7 @@ KILLS    ?= 1000
 VERSION  ?= 0.1.0
 IMAGE    ?= localhost/larder:$(VERSION)
 
-.PHONY: build image demo chaos test test-race test-one-cpu fuzz sanity bench test-deploy e2e e2e-up e2e-down lint generate check help
+.PHONY: build image demo chaos faults test test-race test-one-cpu fuzz sanity bench test-deploy e2e e2e-up e2e-down lint generate check help
 .DEFAULT_GOAL := build
 
 build: ## compile build/larder
@@ -46,6 +46,9 @@ bench: fusectl ## reads warm and cold, requests, memory, TPC-H, each beside its 
 chaos: fusectl ## kill worker and broker under readers that check every byte, until KILLS=1000 count (root)
 	go build -o build/chaos ./sanity/chaos
 	@build/chaos -kills $(KILLS)
+
+faults: fusectl ## 1000 faults of the store during reads that check every byte (root)
+	go test -count=1 -v -timeout 10m ./cacheworker/fusefs -run TestStoreFaultsDuringReads -store-faults 1000
 
 test-deploy: ## manifests, Helm chart, examples and image builder, without a cluster
 	cd deploy && go vet ./... && go test -count=1 ./...

@@ -239,8 +239,9 @@ type options struct {
 	lockOff  bool
 	broker   func(Broker) Broker
 	compact  int64
-	noWorker bool         // children will be the worker
-	log      *slog.Logger // also of each request
+	noWorker bool          // children will be the worker
+	log      *slog.Logger  // also of each request
+	source   source.Source // instead of the store in memory
 }
 
 // world is a broker, a worker in this process, and a volume that is mounted at path.
@@ -275,6 +276,9 @@ func newWorld(t *testing.T, o options) *world {
 		broker: o.broker, compact: o.compact}
 	if o.features != nil {
 		w.features = *o.features
+	}
+	if o.source != nil {
+		w.src = o.source
 	}
 	if o.log != nil {
 		w.log, w.logRequests = o.log, true
