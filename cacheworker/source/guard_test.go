@@ -35,7 +35,7 @@ func (s *troubled) send(ctx context.Context) error {
 	for m := s.most.Load(); n > m && !s.most.CompareAndSwap(m, n); m = s.most.Load() {
 	}
 	defer s.under.Add(-1)
-	time.Sleep(10 * time.Millisecond)
+	<-time.After(10 * time.Millisecond) // of the bubble's clock
 	if s.down.Load() {
 		p.Failed(errDown, 0)
 		return errDown
