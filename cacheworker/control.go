@@ -55,6 +55,7 @@ func (c control) Status(context.Context, *workerpb.StatusRequest) (*workerpb.Wor
 		HitChunks: uint64(f.HitChunks), MissChunks: uint64(f.MissChunks), FetchedBytes: uint64(r.Bytes.Load()),
 		ListRequests: uint64(r.Lists.Load()), HeadRequests: uint64(r.Heads.Load()), GetRequests: uint64(r.Gets.Load()),
 		Evictions: uint64(s.Evictions), EvictedBytes: uint64(s.EvictedBytes), ResentRequests: w.counters.Resent.Load(),
+		ReadingIndex: s.Reading, UnverifiedBytes: s.UnverifiedBytes, BadChunks: uint64(s.BadChunks), CacheErrors: uint64(s.PutErrors),
 	}
 	w.mounts.mu.Lock()
 	out.Takeovers = w.mounts.takeovers
@@ -123,6 +124,11 @@ var (
 	descCapacity  = prometheus.NewDesc("larder_cache_capacity_bytes", "Bytes that the cache may use.", nil, nil)
 	descObjects   = prometheus.NewDesc("larder_cache_objects", "Objects with a cache file.", nil, nil)
 	descComplete  = prometheus.NewDesc("larder_cache_complete_objects", "Objects that are complete and verified.", nil, nil)
+	descUnchecked = prometheus.NewDesc("larder_cache_unverified_bytes", "Bytes cached before the machine started and not checked since.", nil, nil)
+	descReading   = prometheus.NewDesc("larder_cache_reading_index", "1 while the cache's index is read after a start, else 0.", nil, nil)
+	descBad       = prometheus.NewDesc("larder_cache_bad_chunks_total", "Chunks that were not what their sum says, or could not be read.", nil, nil)
+	descErrors    = prometheus.NewDesc("larder_cache_errors_total", "Writes that the cache's file system or its index refused.", nil, nil)
+	descRejected  = prometheus.NewDesc("larder_cache_rejected_total", "Objects and chunks for which the cache had no room.", nil, nil)
 	descReads     = prometheus.NewDesc("larder_fuse_reads_total", "FUSE READ requests that reached the worker.", nil, nil)
 	descReadBytes = prometheus.NewDesc("larder_fuse_read_bytes_total", "Bytes of their answers.", nil, nil)
 	descStale     = prometheus.NewDesc("larder_fuse_stale_opens_total", "Opens answered with ESTALE so that the kernel looks the name up again.", nil, nil)
@@ -152,6 +158,11 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	gauge(descCapacity, float64(s.CapacityBytes))
 	gauge(descObjects, float64(s.Objects))
 	gauge(descComplete, float64(s.CompleteObjects))
+	gauge(descUnchecked, float64(s.UnverifiedBytes))
+	gauge(descReading, boolean(s.Reading))
+	count(descBad, float64(s.BadChunks))
+	count(descErrors, float64(s.PutErrors))
+	count(descRejected, float64(s.Rejected))
 	gauge(descHidden, float64(md.Hidden))
 	count(descReads, float64(w.counters.Reads.Load()))
 	count(descReadBytes, float64(w.counters.ReadBytes.Load()))
@@ -169,6 +180,13 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	count(descTakeovers, float64(takeovers))
 	count(descResent, float64(w.counters.Resent.Load()))
 	gauge(descMounts, float64(n))
+}
+
+func boolean(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
 }
 
 // Probes are what /healthz and /readyz ask; nil is always well.

@@ -97,6 +97,7 @@ func BenchmarkOpen1MObjects(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
+	<-s.swept // it would find files missing
 	now := binary.BigEndian.AppendUint64(nil, uint64(time.Now().UnixNano()))
 	for n := 0; n < objects; n += 1000 {
 		err := s.index.write(func(batch *pebble.Batch) error {
@@ -133,7 +134,6 @@ func BenchmarkOpen1MObjects(b *testing.B) {
 		b.ReportMetric(float64(time.Since(start).Milliseconds()), "ms-for-all")
 		b.ReportMetric(float64(heapBytes()-before)/objects, "heap-B/object")
 		s.quit = func() {} // there is no janitor, which would look for files
-		close(s.done)
 		if err := s.Close(); err != nil {
 			b.Fatal(err)
 		}
@@ -177,6 +177,6 @@ func TestAnObjectTakesLessThan500BytesOfMemory(t *testing.T) {
 		s.policy.Remove(&e.Node)
 		delete(s.entries, id)
 	}
-	s.cached, s.live = 0, 0
+	s.cached, s.verified, s.live = 0, 0, 0
 	s.mu.Unlock()
 }

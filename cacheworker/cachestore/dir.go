@@ -19,15 +19,16 @@ import (
 // dir is a directory by descriptor: nothing in it is ever named from the root, so a worker
 // needs no rights on the folders above, and renaming those changes nothing.
 type dir struct {
-	f *os.File
+	f   *os.File
+	sys system
 }
 
-func openDir(path string) (dir, error) {
+func openDir(path string, sys system) (dir, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return dir{}, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
-	return dir{os.NewFile(uintptr(fd), path)}, nil
+	return dir{os.NewFile(uintptr(fd), path), sys}, nil
 }
 
 func (d dir) fd() int { return int(d.f.Fd()) }
@@ -37,7 +38,7 @@ func (d dir) path() string { return "/proc/self/fd/" + strconv.Itoa(d.fd()) }
 
 func (d dir) open(name string, flags int, perm uint32) (*os.File, error) {
 	for {
-		fd, err := unix.Openat(d.fd(), name, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, perm)
+		fd, err := d.sys.openat(d.fd(), name, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, perm)
 		if err == unix.EINTR {
 			continue
 		}
@@ -49,21 +50,21 @@ func (d dir) open(name string, flags int, perm uint32) (*os.File, error) {
 }
 
 func (d dir) mkdir(name string) error {
-	if err := unix.Mkdirat(d.fd(), name, 0o700); err != nil && err != unix.EEXIST {
+	if err := d.sys.mkdirat(d.fd(), name); err != nil && err != unix.EEXIST {
 		return &fs.PathError{Op: "mkdir", Path: name, Err: err}
 	}
 	return nil
 }
 
 func (d dir) unlink(name string) error {
-	if err := unix.Unlinkat(d.fd(), name, 0); err != nil && err != unix.ENOENT {
+	if err := d.sys.unlinkat(d.fd(), name); err != nil && err != unix.ENOENT {
 		return &fs.PathError{Op: "unlink", Path: name, Err: err}
 	}
 	return nil
 }
 
 func (d dir) rename(from, to string) error {
-	if err := unix.Renameat(d.fd(), from, d.fd(), to); err != nil {
+	if err := d.sys.renameat(d.fd(), from, to); err != nil {
 		return &fs.PathError{Op: "rename", Path: from, Err: err}
 	}
 	return nil
@@ -116,7 +117,7 @@ func (d dir) lock(ctx context.Context, wait time.Duration, ask func()) (*os.File
 // Await takes a tier for this process when nobody else has it, without a deadline. The lock is for
 // [Config.Lock].
 func Await(ctx context.Context, tier string) (*os.File, error) {
-	d, err := openDir(tier)
+	d, err := openDir(tier, kernel{})
 	if err != nil {
 		return nil, err
 	}
@@ -181,7 +182,7 @@ type room struct {
 
 func (d dir) room() (room, error) {
 	var st unix.Statfs_t
-	if err := unix.Fstatfs(d.fd(), &st); err != nil {
+	if err := d.sys.statfs(d.fd(), &st); err != nil {
 		return room{}, fmt.Errorf("statfs: %w", err)
 	}
 	return room{
@@ -199,6 +200,7 @@ const (
 	indexName   = "index"
 	objectsName = "objects" // objects/xx/<id>-<nonce>: the cache files
 	heldName    = "held"    // held/<id>-<nonce>: evicted, but somebody still holds them
+	asidePrefix = "aside-"  // aside-<nonce>/xx/…: what was objects when the index was lost
 )
 
 // fileName is unique for ever: an object that is cached again gets another nonce.

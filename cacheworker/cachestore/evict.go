@@ -34,7 +34,11 @@ const (
 // now on: settle makes them the entry's. object.ErrNoSpace if all that is left is leased or held.
 func (s *Store) reserve(bytes, inodes int64) error {
 	if bytes > 0 {
-		if <-s.load.done; !s.load.ended.Load() {
+		select {
+		case <-s.load.done:
+		case <-s.load.late:
+		}
+		if s.load.over() && !s.load.ended.Load() {
 			return fmt.Errorf("%w: the index was not read to its end", object.ErrNoSpace)
 		}
 	}
@@ -54,6 +58,9 @@ func (s *Store) makeRoom(bytes, inodes int64) (evicted []object.ID, err error) {
 	s.evicting.Lock()
 	defer s.evicting.Unlock()
 	for !s.take(bytes, inodes) {
+		if bytes > 0 && !s.load.ended.Load() {
+			return evicted, fmt.Errorf("%w: the index is being read", object.ErrNoSpace)
+		}
 		if s.probeIfDue() {
 			continue
 		}
@@ -78,7 +85,7 @@ func (s *Store) take(bytes, inodes int64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed ||
-		s.live+s.heldBytes+bytes > s.cfg.CapacityBytes ||
+		s.inUse(bytes)+bytes > s.cfg.CapacityBytes ||
 		s.fsRoom.bytes-bytes < s.cfg.MinFreeBytes ||
 		s.fsRoom.totalInodes > 0 && s.fsRoom.inodes-inodes < s.cfg.MinFreeInodes {
 		return false
@@ -87,6 +94,16 @@ func (s *Store) take(bytes, inodes int64) bool {
 	s.fsRoom.bytes -= bytes
 	s.fsRoom.inodes -= inodes
 	return true
+}
+
+// inUse is how many bytes are ours, for somebody who wants some more. Until the index is read these are all
+// that the file system has not free. Requires s.mu.
+func (s *Store) inUse(more int64) int64 {
+	n := s.live + s.heldBytes
+	if more > 0 && !s.load.ended.Load() {
+		n = max(n, s.fsRoom.totalBytes-s.fsRoom.bytes)
+	}
+	return n
 }
 
 // refreshRoom asks the file system, in which others write too: every time when it is nearly
@@ -138,6 +155,7 @@ func (s *Store) forget(e *entry) {
 	delete(s.entries, e.Key)
 	s.policy.Remove(&e.Node)
 	s.cached -= e.presentBytes()
+	s.verified -= e.verifiedBytes()
 	if e.complete() {
 		s.complete--
 	}
@@ -176,11 +194,15 @@ func (s *Store) Evict(id object.ID) bool {
 
 func (s *Store) evict(id object.ID) bool {
 	s.ensure(id)
+	return s.evictIf(id, func(*entry) bool { return true })
+}
+
+func (s *Store) evictIf(id object.ID, it func(*entry) bool) bool {
 	s.evicting.Lock()
 	defer s.evicting.Unlock()
 	s.mu.Lock()
 	e := s.entries[id]
-	if e == nil || s.closed {
+	if e == nil || s.closed || !it(e) {
 		s.mu.Unlock()
 		return false
 	}
@@ -202,6 +224,7 @@ func (s *Store) remove(e *entry) {
 	if indexed {
 		s.deleteRecords(k.id, k.nonce)
 	}
+	s.awaitWriteBack(e)
 	name := objectPath(k.id, k.nonce)
 	if !s.unlinkUnheld(k, name) {
 		if err := s.dir.rename(name, heldPath(k.id, k.nonce)); err != nil {
@@ -272,7 +295,7 @@ func (s *Store) probeIfDue() bool {
 // room when others write to it. After an unclean stop it also counts what Puts that never ended left
 // on the disk.
 func (s *Store) janitor(ctx context.Context, unclean bool) {
-	defer close(s.done)
+	s.removeAside(ctx) // before the end of the loading: these files are counted by nobody
 	if err := s.loadAll(ctx); err != nil {
 		if ctx.Err() == nil {
 			s.lose(err)
@@ -280,6 +303,7 @@ func (s *Store) janitor(ctx context.Context, unclean bool) {
 	} else if err := s.sweep(ctx); err != nil {
 		s.log.Warn("look for cache files that belong to no object", "dir", s.cfg.Dir, "err", err)
 	}
+	s.reserve(0, 0) // the capacity may be smaller than it was
 	close(s.swept)
 	var unaudited []*entry
 	if unclean {

@@ -67,6 +67,7 @@ func (s *Store) Open(obj object.Object) (*File, error) {
 	}
 	s.ensure(id)
 	s.mu.Lock()
+	s.uses++
 	if s.closed && !s.handed.Load() {
 		s.mu.Unlock()
 		return nil, fmt.Errorf("cache: %w", os.ErrClosed)
@@ -79,7 +80,7 @@ func (s *Store) Open(obj object.Object) (*File, error) {
 	if e == nil {
 		e, fresh = newEntry(id, newNonce(), obj.Size), true
 		e.store = s.storeID(obj.Store)
-		e.file = &file{}
+		e.puts = 0
 		s.entries[id] = e
 		s.policy.Insert(&e.Node, 0)
 		if e.complete() { // an empty one is from the start
@@ -88,18 +89,10 @@ func (s *Store) Open(obj object.Object) (*File, error) {
 	} else {
 		s.policy.Hit(&e.Node)
 	}
-	if e.file == nil {
-		e.file = &file{}
-	}
-	if e.file.leases == 0 {
-		s.leased++
-	}
-	e.file.leases++
-	f := &File{s: s, obj: obj, e: e, file: e.file}
+	f := s.lease(e, obj)
 	s.mu.Unlock()
 
-	f.file.open.Do(func() { f.file.f, f.file.err = s.openFile(f, fresh) })
-	if err := f.file.err; err != nil {
+	if err := f.openOnce(fresh); err != nil {
 		f.Close()
 		if !s.handed.Load() {
 			s.trouble(err)
@@ -107,6 +100,23 @@ func (s *Store) Open(obj object.Object) (*File, error) {
 		return nil, fmt.Errorf("%w: cache file: %w", object.ErrNoSpace, err)
 	}
 	return f, nil
+}
+
+// lease makes a File, which is to be opened next. Requires s.mu.
+func (s *Store) lease(e *entry, obj object.Object) *File {
+	if e.file == nil {
+		e.file = &file{}
+	}
+	if e.file.leases == 0 {
+		s.leased++
+	}
+	e.file.leases++
+	return &File{s: s, obj: obj, e: e, file: e.file}
+}
+
+func (f *File) openOnce(fresh bool) error {
+	f.file.open.Do(func() { f.file.f, f.file.err = f.s.openFile(f, fresh) })
+	return f.file.err
 }
 
 // openFile opens or makes the file of an entry, and takes away the chunks it does not have.
@@ -194,13 +204,13 @@ func (f *File) Has(i int) bool {
 	if f.e.isVerified(i) {
 		return true
 	}
-	return f.e.isPresent(i) && f.check(i)
+	return f.e.isPresent(i) && f.check(i, f.s.dir.sys.pread)
 }
 
 var chunkBuffers = sync.Pool{New: func() any { return new([object.ChunkSize]byte) }}
 
 // check verifies a present chunk against the index.
-func (f *File) check(i int) bool {
+func (f *File) check(i int, pread reader) bool {
 	f.file.verify.Lock()
 	defer f.file.verify.Unlock()
 	if f.e.isVerified(i) {
@@ -218,7 +228,7 @@ func (f *File) check(i int) bool {
 	buf := chunkBuffers.Get().(*[object.ChunkSize]byte)
 	defer chunkBuffers.Put(buf)
 	b := buf[:f.e.chunkLen(i)]
-	_, err = f.file.f.ReadAt(b, int64(i)*object.ChunkSize)
+	_, err = pread(f.file.f, b, int64(i)*object.ChunkSize)
 	if errors.Is(err, os.ErrClosed) {
 		return false
 	}
@@ -258,7 +268,7 @@ func (f *File) ReadAt(p []byte, off int64) (int, error) {
 			return 0, fmt.Errorf("%w: chunk %d of %v", object.ErrIncomplete, i, f.e.Key)
 		}
 	}
-	n, err := f.file.f.ReadAt(p, off)
+	n, err := f.s.dir.sys.pread(f.file.f, p, off)
 	if errors.Is(err, os.ErrClosed) {
 		return n, err
 	}
@@ -330,11 +340,13 @@ func (f *File) put(i int, data []byte, p *putting) error {
 	if err != nil {
 		return err
 	}
-	if _, err = f.file.f.WriteAt(data, int64(i)*object.ChunkSize); err == nil {
+	if _, err = f.s.dir.sys.pwrite(f.file.f, data, int64(i)*object.ChunkSize); err == nil {
 		err = f.record(i, xxhash.Sum64(data))
 	}
 	s, e := f.s, f.e
 	s.mu.Lock()
+	s.uses++
+	e.puts++
 	s.settle(e, room, p.paid)
 	if err != nil {
 		e.waste = append(e.waste, uint32(i)) // part of it may be on the disk
@@ -346,6 +358,9 @@ func (f *File) put(i int, data []byte, p *putting) error {
 		s.cached += int64(len(data))
 	}
 	s.setVerified(e, i)
+	if e.complete() {
+		s.writeBackLater(e)
+	}
 	evicted := e.evicted.Load()
 	s.mu.Unlock()
 	s.fullLogged.Store(false)
@@ -407,7 +422,11 @@ func (s *Store) settle(e *entry, room int64, paid bool) {
 
 // setVerified counts what became complete. Requires s.mu.
 func (s *Store) setVerified(e *entry, i int) {
-	if e.setVerified(i) && e.complete() && !e.evicted.Load() {
+	if !e.setVerified(i) || e.evicted.Load() {
+		return
+	}
+	s.verified += int64(e.chunkLen(i))
+	if e.complete() {
 		s.complete++
 	}
 }
@@ -424,13 +443,17 @@ func (s *Store) markVerified(e *entry, i int) {
 func (s *Store) dropChunk(e *entry, i int, why error) {
 	s.mu.Lock()
 	wasComplete := e.complete()
-	if !e.clear(i) {
+	present, verified := e.clear(i)
+	if !present {
 		s.mu.Unlock()
 		return
 	}
 	e.waste = append(e.waste, uint32(i))
 	if !e.evicted.Load() {
 		s.cached -= int64(e.chunkLen(i))
+		if verified {
+			s.verified -= int64(e.chunkLen(i))
+		}
 		if wasComplete {
 			s.complete--
 		}
@@ -477,6 +500,9 @@ func (f *File) View() (*os.File, error) {
 	}
 	if !f.Complete() || f.Evicted() {
 		return nil, object.ErrIncomplete
+	}
+	if err := f.written(); err != nil {
+		return nil, err
 	}
 	v, err := s.view.open(objectPath(f.e.Key, f.e.nonce), unix.O_RDONLY, 0)
 	if err != nil {
@@ -525,6 +551,7 @@ func (f *File) Close() error {
 	if !e.evicted.Load() {
 		s.leased--
 	}
+	s.writeBackLater(e)
 	s.mu.Unlock()
 	var err error
 	if f.file.f != nil {

@@ -112,9 +112,10 @@ const maxObjectBytes = object.ChunkSize << 31
 // loses nothing that was reported. If the database fails for good (its log cannot be
 // written), waiters are let go with errIndex and the store goes on reading.
 type index struct {
-	dir dir // the caller's
-	db  *pebble.DB
-	log *slog.Logger
+	dir  dir // the caller's
+	db   *pebble.DB
+	log  *slog.Logger
+	made bool // now: there was none
 
 	writes  chan indexWrite
 	quit    chan struct{} // closed by close
@@ -201,6 +202,7 @@ func (x *index) checkFormat() error {
 		return err
 	}
 	if v == nil {
+		x.made = true
 		return x.db.Set(metaFormat, []byte{format}, pebble.Sync)
 	}
 	if len(v) != 1 || v[0] != format {

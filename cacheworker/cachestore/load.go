@@ -19,11 +19,26 @@ import (
 // because nobody knows how full the tier is.
 type loading struct {
 	done  chan struct{} // closed at the end, also if that is an early one
+	late  chan struct{} // closed some time after the start: Puts wait no longer
 	ended atomic.Bool   // all there is, is in Store.entries; set under Store.mu
 
 	// Guarded by Store.mu.
 	next  object.ID              // what is below it is in Store.entries, too
 	asked map[object.ID]struct{} // and these, unless they have gone since
+}
+
+// loadWait is how long a Put waits for the end of the loading. Then it takes what room the file system
+// surely has for it.
+const loadWait = time.Second
+
+// over reports whether the index is not being read any more.
+func (l *loading) over() bool {
+	select {
+	case <-l.done:
+		return true
+	default:
+		return false
+	}
 }
 
 // knows reports whether Store.entries tells all about an object. Requires s.mu.

@@ -305,7 +305,7 @@ func busy(t *testing.T, r *rand.Rand, s *Store, o object.Object) {
 		return
 	}
 	defer v.Close()
-	got, err := os.ReadFile(dir{v}.path())
+	got, err := os.ReadFile(dir{f: v}.path())
 	if err != nil || !bytes.Equal(got[:o.ChunkLen(0)], content(o, 0)) || int64(len(got)) != o.Size {
 		t.Errorf("view of %v: %d bytes, %v", o, len(got), err)
 	}

@@ -32,6 +32,11 @@ func (s *Store) recover() (unclean bool, err error) {
 			return false, err
 		}
 	}
+	if s.index.made {
+		if err := s.setAside(); err != nil {
+			return false, errors.Join(fmt.Errorf("cache files of a lost index: %w", err), s.index.close())
+		}
+	}
 	if err := s.findHeld(); err != nil {
 		return false, errors.Join(err, s.index.close())
 	}
@@ -62,7 +67,7 @@ func (s *Store) openIndex() (unclean bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	s.indexDir = dir{f} // one before it stays open: what is left of its database must not find this one by number
+	s.indexDir = dir{f, s.cfg.sys} // one before it stays open: what is left of its database must not find this one by number
 	x, err := openIndex(s.indexDir, s.log)
 	if err != nil {
 		return false, err
@@ -91,12 +96,7 @@ func (s *Store) takeClean() (unclean bool, err error) {
 
 func (s *Store) startEmpty() (unclean bool, err error) {
 	clear(s.revoked)
-	for _, name := range []string{indexName, objectsName} {
-		if err := s.dir.removeAll(name); err != nil {
-			return false, err
-		}
-	}
-	if err := errors.Join(s.dir.mkdir(objectsName), s.dir.unlink(lostName)); err != nil {
+	if err := errors.Join(s.dir.removeAll(indexName), s.dir.unlink(lostName)); err != nil {
 		return false, err
 	}
 	if unclean, err = s.openIndex(); err != nil {
@@ -179,6 +179,7 @@ func (s *Store) restore(e *entry) {
 	s.policy.Restore(&e.Node, disk)
 	s.live += disk
 	s.cached += e.presentBytes()
+	s.verified += e.verifiedBytes()
 	if e.complete() {
 		s.complete++
 	}

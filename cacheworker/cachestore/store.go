@@ -49,6 +49,8 @@ type Config struct {
 	AskOwner func()        // called now and then while another process has the directory, to ask that one for it; may be nil
 	GrantTTL time.Duration // 0 means 24 h
 	Log      *slog.Logger  // nil means slog.Default()
+
+	sys system // nil is the kernel
 }
 
 // Store is one tier of cache files. All methods are safe for concurrent use.
@@ -65,8 +67,8 @@ type Store struct {
 	epoch    uint32 // of this boot; a chunk record of another epoch is unverified
 
 	quit  context.CancelFunc
-	done  chan struct{} // closed when the janitor has ended
-	swept chan struct{} // closed when the janitor has looked at all files
+	work  sync.WaitGroup // what quit ends
+	swept chan struct{}  // closed when the janitor has looked at all files
 
 	load loading
 
@@ -87,10 +89,14 @@ type Store struct {
 	policy     *policy.Cache[object.ID] // of all entries
 	leased     int                      // entries with leases: eviction passes over them
 	cached     int64                    // bytes of present chunks of entries
-	complete   int                      // entries complete and verified
-	live       int64                    // bytes on disk of entries, and reserved for Puts in flight
-	held       map[heldKey]int64        // evicted files that are not gone yet: bytes on disk
-	heldBytes  int64                    // sum of held
+	verified   int64                    // bytes of those that are verified
+	uses       int64                    // Opens and Puts
+	backlog    backlog
+	idle       chan struct{}     // closed when the next write-back ends; may be nil
+	complete   int               // entries complete and verified
+	live       int64             // bytes on disk of entries, and reserved for Puts in flight
+	held       map[heldKey]int64 // evicted files that are not gone yet: bytes on disk
+	heldBytes  int64             // sum of held
 	probedAt   time.Time
 	fsRoom     room // as of fsAt, less what was written since
 	fsAt       time.Time
@@ -109,6 +115,8 @@ type counters struct {
 type Stats struct {
 	CapacityBytes   int64
 	CachedBytes     int64 // of present chunks of live files
+	UnverifiedBytes int64 // of those: of chunks that are checked before their first use
+	Reading         bool  // the index: what is cached is not known yet, all above is what was read of it
 	DiskBytes       int64 // whole blocks of live files, room taken for Puts in flight, and UnlinkedBytes; at most CapacityBytes
 	UnlinkedBytes   int64 // of evicted files that somebody still holds
 	Objects         int
@@ -144,10 +152,11 @@ func Open(cfg Config) (*Store, error) {
 // prepare is Open but for the janitor.
 func prepare(cfg Config) (_ *Store, unclean bool, err error) {
 	s := &Store{
-		cfg: cfg, log: cfg.Log, lock: cfg.Lock, done: make(chan struct{}), swept: make(chan struct{}),
+		cfg: cfg, log: cfg.Log, lock: cfg.Lock, swept: make(chan struct{}),
 		entries: make(map[object.ID]*entry), held: make(map[heldKey]int64),
 		storeIDs: make(map[object.Store]uint32), principals: make(map[object.Principal]uint32),
-		revoked: make(map[revocation]int64), load: loading{done: make(chan struct{}), asked: make(map[object.ID]struct{})},
+		revoked: make(map[revocation]int64), backlog: backlog{more: make(chan struct{}, 1)},
+		load: loading{done: make(chan struct{}), late: make(chan struct{}), asked: make(map[object.ID]struct{})},
 	}
 	defer func() {
 		if err != nil {
@@ -158,11 +167,11 @@ func prepare(cfg Config) (_ *Store, unclean bool, err error) {
 	if err := s.setDefaults(); err != nil {
 		return nil, false, err
 	}
-	if s.dir, err = openDir(cfg.Dir); err != nil {
+	if s.dir, err = openDir(cfg.Dir, s.cfg.sys); err != nil {
 		return nil, false, err
 	}
 	if cfg.ViewDir != "" {
-		if s.view, err = openDir(cfg.ViewDir); err != nil {
+		if s.view, err = openDir(cfg.ViewDir, s.cfg.sys); err != nil {
 			return nil, false, err
 		}
 	}
@@ -188,7 +197,11 @@ func prepare(cfg Config) (_ *Store, unclean bool, err error) {
 func (s *Store) start(unclean bool) {
 	ctx, cancel := context.WithCancel(context.Background())
 	s.quit = cancel
-	go s.janitor(ctx, unclean)
+	late := time.AfterFunc(loadWait, func() { close(s.load.late) })
+	context.AfterFunc(ctx, func() { late.Stop() })
+	s.work.Go(func() { s.janitor(ctx, unclean) })
+	s.work.Go(func() { s.scrub(ctx) })
+	s.work.Go(func() { s.writeBackAll(ctx) })
 }
 
 // minHeadroom of the file system is left to the index: a full disk must not stop it.
@@ -205,6 +218,9 @@ func (s *Store) setDefaults() error {
 	}
 	if c.GrantTTL == 0 {
 		c.GrantTTL = 24 * time.Hour
+	}
+	if c.sys == nil {
+		c.sys = kernel{}
 	}
 	if c.Log == nil {
 		s.log = slog.Default()
@@ -291,7 +307,7 @@ func (s *Store) Stats() Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return Stats{
-		CapacityBytes: s.cfg.CapacityBytes, CachedBytes: s.cached,
+		CapacityBytes: s.cfg.CapacityBytes, CachedBytes: s.cached, UnverifiedBytes: s.cached - s.verified, Reading: !s.load.over(),
 		DiskBytes: s.live + s.heldBytes, UnlinkedBytes: s.heldBytes,
 		Objects: len(s.entries), CompleteObjects: s.complete, LeasedObjects: s.leased, UnlinkedFiles: len(s.held),
 		Evictions: s.evictions.Load(), EvictedBytes: s.evictedBytes.Load(), Rejected: s.rejected.Load(),
@@ -327,7 +343,7 @@ func (s *Store) giveUp() error {
 	s.closed = true
 	s.mu.Unlock()
 	s.quit()
-	<-s.done
+	s.work.Wait()
 	s.writing.Lock()
 	defer s.writing.Unlock()
 	s.evicting.Lock() // whoever evicts has ended
@@ -364,13 +380,16 @@ type entry struct {
 	grants                 []grant         // under Store.mu
 	waste                  []uint32        // chunks not present whose bytes are counted all the same; under Store.mu
 	store                  uint32          // number of its object.Store
+	puts, putsWritten      uint32          // puts so far, and those of them that are on the disk; under Store.mu
 	indexed                bool            // may have records in the index; under Store.mu
 	seen                   bool            // its file was found since the start; under Store.mu
+	queued                 bool            // in Store.backlog; under Store.mu
+	busy                   int8            // write-backs that have it open; under Store.mu
 	evicted                atomic.Bool
 }
 
 func newEntry(id object.ID, nonce uint64, size int64) *entry {
-	e := &entry{Node: policy.Node[object.ID]{Key: id}, nonce: nonce, size: size}
+	e := &entry{Node: policy.Node[object.ID]{Key: id}, nonce: nonce, size: size, puts: 1} // by an earlier worker
 	words := (e.chunks() + 63) / 64
 	e.bits = make([]atomic.Uint64, 2*words)
 	return e
@@ -406,23 +425,27 @@ func (e *entry) setVerified(i int) bool {
 	return true
 }
 
-// clear takes a chunk away and reports whether it was present.
-func (e *entry) clear(i int) bool {
+// clear takes a chunk away and reports what it was.
+func (e *entry) clear(i int) (present, verified bool) {
 	mask := ^(uint64(1) << (i % 64))
-	if e.bits[len(e.bits)/2+i/64].And(mask)>>(i%64)&1 == 1 {
+	if verified = e.bits[len(e.bits)/2+i/64].And(mask)>>(i%64)&1 == 1; verified {
 		e.verified.Add(-1)
 	}
-	if e.bits[i/64].And(mask)>>(i%64)&1 == 0 {
-		return false
+	if present = e.bits[i/64].And(mask)>>(i%64)&1 == 1; present {
+		e.present.Add(-1)
 	}
-	e.present.Add(-1)
-	return true
+	return present, verified
 }
 
 // presentBytes are those of the chunks, not of the disk.
-func (e *entry) presentBytes() int64 {
-	n := int64(e.present.Load()) * object.ChunkSize
-	if last := e.chunks() - 1; last >= 0 && e.isPresent(last) {
+func (e *entry) presentBytes() int64 { return e.bytesOf(e.present.Load(), e.isPresent) }
+
+func (e *entry) verifiedBytes() int64 { return e.bytesOf(e.verified.Load(), e.isVerified) }
+
+// bytesOf are those of so many chunks; one of them may be the last.
+func (e *entry) bytesOf(chunks int32, has func(int) bool) int64 {
+	n := int64(chunks) * object.ChunkSize
+	if last := e.chunks() - 1; last >= 0 && has(last) {
 		n -= object.ChunkSize - int64(e.chunkLen(last))
 	}
 	return n

@@ -115,10 +115,11 @@ func checkInvariants(t testing.TB, s *Store) {
 	if s.closed {
 		return
 	}
-	var cached, live, held int64
+	var cached, verified, live, held int64
 	var complete, leased int
 	for _, e := range s.entries {
 		cached += e.presentBytes()
+		verified += e.verifiedBytes()
 		live += e.Bytes()
 		if e.complete() {
 			complete++
@@ -130,9 +131,9 @@ func checkInvariants(t testing.TB, s *Store) {
 	for _, b := range s.held {
 		held += b
 	}
-	if cached != s.cached || live != s.live || held != s.heldBytes || complete != s.complete || leased != s.leased {
-		t.Errorf("counted cached %d live %d held %d complete %d leased %d; are %d %d %d %d %d",
-			s.cached, s.live, s.heldBytes, s.complete, s.leased, cached, live, held, complete, leased)
+	if cached != s.cached || verified != s.verified || live != s.live || held != s.heldBytes || complete != s.complete || leased != s.leased {
+		t.Errorf("counted cached %d verified %d live %d held %d complete %d leased %d; are %d %d %d %d %d %d",
+			s.cached, s.verified, s.live, s.heldBytes, s.complete, s.leased, cached, verified, live, held, complete, leased)
 	}
 	if s.policy.Bytes() != live || s.policy.Len() != len(s.entries) {
 		t.Errorf("policy has %d bytes of %d objects, store %d of %d", s.policy.Bytes(), s.policy.Len(), live, len(s.entries))

@@ -35,7 +35,7 @@ func TestAViewCannotBeOpenedAgainForWriting(t *testing.T) {
 	if err != nil || !bytes.Equal(got, slices.Concat(content(o, 0), content(o, 1))) {
 		t.Errorf("%d bytes, %v", len(got), err)
 	}
-	again := dir{v}.path()
+	again := dir{f: v}.path()
 	if w, err := os.OpenFile(again, os.O_RDWR, 0); !errors.Is(err, syscall.EROFS) {
 		w.Close()
 		t.Errorf("opened again for writing: %v", err)
@@ -51,7 +51,7 @@ func TestAViewCannotBeOpenedAgainForWriting(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w, err := os.OpenFile(dir{plain}.path(), os.O_RDWR, 0)
+	w, err := os.OpenFile(dir{f: plain}.path(), os.O_RDWR, 0)
 	if err != nil {
 		t.Errorf("a plain read-only descriptor is safe already: %v", err)
 	}

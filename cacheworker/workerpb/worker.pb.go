@@ -173,7 +173,11 @@ type WorkerStatus struct {
 	Takeovers       uint64                 `protobuf:"varint,20,opt,name=takeovers,proto3" json:"takeovers,omitempty"` // mounts taken over from an earlier worker
 	Volumes         []*VolumeStatus        `protobuf:"bytes,21,rep,name=volumes,proto3" json:"volumes,omitempty"`
 	Features        []*Feature             `protobuf:"bytes,22,rep,name=features,proto3" json:"features,omitempty"`
-	ResentRequests  uint64                 `protobuf:"varint,23,opt,name=resent_requests,json=resentRequests,proto3" json:"resent_requests,omitempty"` // that an earlier worker had left, and this one has answered
+	ResentRequests  uint64                 `protobuf:"varint,23,opt,name=resent_requests,json=resentRequests,proto3" json:"resent_requests,omitempty"`    // that an earlier worker had left, and this one has answered
+	ReadingIndex    bool                   `protobuf:"varint,24,opt,name=reading_index,json=readingIndex,proto3" json:"reading_index,omitempty"`          // now: what is cached is not known to its end yet
+	UnverifiedBytes int64                  `protobuf:"varint,25,opt,name=unverified_bytes,json=unverifiedBytes,proto3" json:"unverified_bytes,omitempty"` // now: of cached_bytes, from before the machine started: checked before their first use
+	BadChunks       uint64                 `protobuf:"varint,26,opt,name=bad_chunks,json=badChunks,proto3" json:"bad_chunks,omitempty"`                   // that were not what their sum says, or could not be read
+	CacheErrors     uint64                 `protobuf:"varint,27,opt,name=cache_errors,json=cacheErrors,proto3" json:"cache_errors,omitempty"`             // writes that the cache's file system or its index refused
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -365,6 +369,34 @@ func (x *WorkerStatus) GetFeatures() []*Feature {
 func (x *WorkerStatus) GetResentRequests() uint64 {
 	if x != nil {
 		return x.ResentRequests
+	}
+	return 0
+}
+
+func (x *WorkerStatus) GetReadingIndex() bool {
+	if x != nil {
+		return x.ReadingIndex
+	}
+	return false
+}
+
+func (x *WorkerStatus) GetUnverifiedBytes() int64 {
+	if x != nil {
+		return x.UnverifiedBytes
+	}
+	return 0
+}
+
+func (x *WorkerStatus) GetBadChunks() uint64 {
+	if x != nil {
+		return x.BadChunks
+	}
+	return 0
+}
+
+func (x *WorkerStatus) GetCacheErrors() uint64 {
+	if x != nil {
+		return x.CacheErrors
 	}
 	return 0
 }
@@ -792,7 +824,7 @@ const file_cacheworker_workerpb_worker_proto_rawDesc = "" +
 	"\binstance\x18\x01 \x01(\tR\binstance\"+\n" +
 	"\rHandOverReply\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\"\x0f\n" +
-	"\rStatusRequest\"\xcb\x06\n" +
+	"\rStatusRequest\"\xdd\a\n" +
 	"\fWorkerStatus\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x10\n" +
@@ -820,7 +852,12 @@ const file_cacheworker_workerpb_worker_proto_rawDesc = "" +
 	"\ttakeovers\x18\x14 \x01(\x04R\ttakeovers\x128\n" +
 	"\avolumes\x18\x15 \x03(\v2\x1e.larder.worker.v1.VolumeStatusR\avolumes\x125\n" +
 	"\bfeatures\x18\x16 \x03(\v2\x19.larder.worker.v1.FeatureR\bfeatures\x12'\n" +
-	"\x0fresent_requests\x18\x17 \x01(\x04R\x0eresentRequests\",\n" +
+	"\x0fresent_requests\x18\x17 \x01(\x04R\x0eresentRequests\x12#\n" +
+	"\rreading_index\x18\x18 \x01(\bR\freadingIndex\x12)\n" +
+	"\x10unverified_bytes\x18\x19 \x01(\x03R\x0funverifiedBytes\x12\x1d\n" +
+	"\n" +
+	"bad_chunks\x18\x1a \x01(\x04R\tbadChunks\x12!\n" +
+	"\fcache_errors\x18\x1b \x01(\x04R\vcacheErrors\",\n" +
 	"\rVolumeRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\"\xb1\x02\n" +
 	"\fVolumeStatus\x12\x1b\n" +

@@ -37,6 +37,11 @@ type nodeStatus struct {
 	Takeovers     int    `json:"takeovers"`      // of the mounts below
 	Resent        uint64 `json:"resentRequests"` // that an earlier worker had left, and this one has answered
 
+	ReadingIndex    bool   `json:"readingIndex,omitempty"`    // what is cached is not known to its end yet
+	UnverifiedBytes int64  `json:"unverifiedBytes,omitempty"` // of cachedBytes, from before the machine started
+	BadChunks       uint64 `json:"badChunks,omitempty"`
+	CacheErrors     uint64 `json:"cacheErrors,omitempty"` // writes that the disk refused
+
 	Started time.Time `json:"started,omitzero"` // of the worker
 
 	Mounts   []mountStatus   `json:"mounts"`
@@ -124,6 +129,8 @@ func newStatus(w *workerpb.WorkerStatus, brokerPID int, mounts []brokerwire.Moun
 		s.ReadRequests, s.ReadBytes, s.FetchedBytes = w.GetReadRequests(), w.GetReadBytes(), w.GetFetchedBytes()
 		s.ListRequests, s.HeadRequests, s.GetRequests = w.GetListRequests(), w.GetHeadRequests(), w.GetGetRequests()
 		s.EvictedBytes = w.GetEvictedBytes()
+		s.ReadingIndex, s.UnverifiedBytes = w.GetReadingIndex(), w.GetUnverifiedBytes()
+		s.BadChunks, s.CacheErrors = w.GetBadChunks(), w.GetCacheErrors()
 		for _, f := range w.GetFeatures() {
 			s.Features = append(s.Features, featureStatus{f.GetName(), f.GetAvailable(), f.GetReason()})
 		}
@@ -190,6 +197,16 @@ func (s nodeStatus) print(out io.Writer) error {
 
 func (s nodeStatus) printCache(out io.Writer) {
 	fmt.Fprintf(out, "cached   %s of %s in %d objects, %d complete\n", bytes(s.CachedBytes), bytes(s.CapacityBytes), s.Objects, s.Complete)
+	if s.ReadingIndex {
+		fmt.Fprintln(out, "index    being read: there is more in the cache than this")
+	}
+	if s.UnverifiedBytes > 0 {
+		fmt.Fprintf(out, "verified %s of %s; the rest is from before the machine started, and checked before its first use\n",
+			bytes(s.CachedBytes-s.UnverifiedBytes), bytes(s.CachedBytes))
+	}
+	if s.BadChunks > 0 || s.CacheErrors > 0 {
+		fmt.Fprintf(out, "disk     %d bad chunks, fetched again; %d writes refused\n", s.BadChunks, s.CacheErrors)
+	}
 	fmt.Fprintf(out, "reads    %d reached the worker, %s fetched from under stores\n", s.ReadRequests, bytes(int64(s.FetchedBytes)))
 	fmt.Fprintf(out, "resent   %d requests that an earlier worker had left\n", s.Resent)
 }

@@ -20,6 +20,8 @@ func TestStatusTellsWhoHoldsWhatSinceWhen(t *testing.T) {
 			{VolumeId: "lv-b", OpenHandles: 2, Nodes: 40, Without: []string{"passthrough"}}, {VolumeId: "lv-c", Without: []string{"resend"}}},
 		Features: []*workerpb.Feature{{Name: "passthrough", Reason: "not offered by a flag"}, {Name: "resend", Available: true}},
 	}
+	rebooted := &workerpb.WorkerStatus{Uuid: uuid, Version: "v1.2.3", Pid: 7, Started: timestamppb.New(noon), CachedBytes: 3 << 30, CapacityBytes: 10 << 30,
+		Objects: 9, ReadingIndex: true, UnverifiedBytes: 1 << 30, BadChunks: 2, CacheErrors: 5}
 	in := func(s string) brokerwire.Volume { return brokerwire.Volume{Source: "s3://bucket/" + s} }
 	mounts := []brokerwire.Mount{
 		{VolumeID: "lv-c", Path: "/p/c", Volume: in("c"), Since: noon.Add(-time.Hour), Takeovers: 12, LongestStall: 61250 * time.Millisecond,
@@ -36,6 +38,7 @@ func TestStatusTellsWhoHoldsWhatSinceWhen(t *testing.T) {
 	}{
 		"status":           {w, 42, mounts, ""},
 		"status-no-worker": {nil, 42, mounts[:1], "worker: connection refused"},
+		"status-rebooted":  {rebooted, 42, nil, ""},
 		"status-no-broker": {w, 0, nil, "broker: connection refused"},
 	} {
 		s := newStatus(c.worker, c.broker, c.mounts)
