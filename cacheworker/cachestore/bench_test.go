@@ -3,6 +3,7 @@ package cachestore
 import (
 	"encoding/binary"
 	"errors"
+	"flag"
 	"fmt"
 	"runtime"
 	"testing"
@@ -89,20 +90,21 @@ func BenchmarkReadAt4K(b *testing.B) {
 	}
 }
 
-// BenchmarkOpen1MObjects is a restart of a worker, to its first answer; the index is read beside it.
-func BenchmarkOpen1MObjects(b *testing.B) {
-	const objects = 1_000_000
-	cfg := testConfig(b, b.TempDir(), 1<<42)
+var manyObjects = flag.Int("objects", 20_000, "how many objects the index has in TestAStartWithManyObjects")
+
+// indexMany makes a tier whose index has so many objects of one chunk, each granted to somebody. The last one has a file.
+func indexMany(t testing.TB, objects int) (Config, object.Object) {
+	cfg := testConfig(t, t.TempDir(), 1<<42)
 	s, err := Open(cfg)
 	if err != nil {
-		b.Fatal(err)
+		t.Fatal(err)
 	}
 	<-s.swept // it would find files missing
 	now := binary.BigEndian.AppendUint64(nil, uint64(time.Now().UnixNano()))
 	for n := 0; n < objects; n += 1000 {
 		err := s.index.write(func(batch *pebble.Batch) error {
 			var err error
-			for i := n; i < n+1000; i++ {
+			for i := n; i < min(n+1000, objects); i++ {
 				o := obj(fmt.Sprint(i), 100)
 				id, nonce := o.ID(), uint64(i)
 				err = errors.Join(err, batch.Set(objectKey(id, nonce), encodeObject(o), nil),
@@ -111,33 +113,58 @@ func BenchmarkOpen1MObjects(b *testing.B) {
 			return err
 		})
 		if err != nil {
-			b.Fatal(err)
+			t.Fatal(err)
 		}
 	}
+	last := obj("last", 100)
+	fill(t, s, last)
+	s.Grant(last, principal(1), time.Now())
 	if err := s.Close(); err != nil {
-		b.Fatal(err)
+		t.Fatal(err)
 	}
-	asked := obj("4711", 100).ID()
-	for b.Loop() {
-		s, _, err := prepare(cfg)
-		if err != nil {
-			b.Fatal(err)
-		}
-		if !s.Peek(asked).Complete || !s.Granted(asked, principal(1)) {
-			b.Fatal("not known")
-		}
-		b.StopTimer()
-		before, start := heapBytes(), time.Now()
-		if err := s.loadAll(b.Context()); err != nil || s.Stats().Objects != objects {
-			b.Fatalf("%+v: %v", s.Stats(), err)
-		}
-		b.ReportMetric(float64(time.Since(start).Milliseconds()), "ms-for-all")
-		b.ReportMetric(float64(heapBytes()-before)/objects, "heap-B/object")
-		s.quit = func() {} // there is no janitor, which would look for files
-		if err := s.Close(); err != nil {
-			b.Fatal(err)
-		}
-		b.StartTimer()
+	return cfg, last
+}
+
+// TestAStartWithManyObjects prints what each of them costs in memory, and when the first answer comes: before the index
+// is read. With -objects=1000000 these are the figures of a large node.
+func TestAStartWithManyObjects(t *testing.T) {
+	cfg, asked := indexMany(t, *manyObjects)
+	before := heapBytes()
+	s, err := prepare(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !s.Peek(asked.ID()).Complete || !s.Granted(asked.ID(), principal(1)) || len(s.entries) != 1 {
+		t.Error("the first answer is wrong, or took more than its own records")
+	}
+	if err := s.loadAll(t.Context()); err != nil || s.Stats().Objects != *manyObjects+1 {
+		t.Fatalf("%+v: %v", s.Stats(), err)
+	}
+	each := (heapBytes() - before) / uint64(*manyObjects)
+	s.quit = func() {} // there is no janitor, which would look for files
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	began := time.Now()
+	if s, err = Open(cfg); err != nil {
+		t.Fatal(err)
+	}
+	f := lease(t, s, asked)
+	wantChunk(t, f, 0)
+	first := time.Since(began)
+	<-s.load.done
+	all := time.Since(began)
+	f.Close()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d objects: %d bytes of memory for each; first byte %v after the start, all of the index read after %v", *manyObjects, each, first, all)
+	if each > 500 {
+		t.Errorf("%d bytes for each object", each)
+	}
+	if *manyObjects >= 1_000_000 && first > all/2 {
+		t.Errorf("the first byte came after %v, all of the index was read after %v", first, all)
 	}
 }
 

@@ -180,6 +180,7 @@ func (s *Store) release(k heldKey) {
 	s.fsRoom.inodes++
 	s.heldBytes -= s.held[k]
 	delete(s.held, k)
+	delete(s.stuck, k)
 }
 
 // Evict takes an object's file away now, leased or not; open Files go on reading it. It
@@ -228,7 +229,10 @@ func (s *Store) remove(e *entry) {
 	name := objectPath(k.id, k.nonce)
 	if !s.unlinkUnheld(k, name) {
 		if err := s.dir.rename(name, heldPath(k.id, k.nonce)); err != nil {
-			s.log.Error("evicted cache file stays in its place", "object", k.id, "err", err)
+			s.mu.Lock()
+			s.stuck[k] = struct{}{}
+			s.mu.Unlock()
+			s.trouble(fmt.Errorf("evicted cache file stays in its place: %w", err))
 		}
 	}
 }
@@ -256,7 +260,7 @@ func (s *Store) unlinkUnheld(k heldKey, name string) bool {
 		})
 	}
 	if err := s.dir.unlink(name); err != nil {
-		s.log.Error("unlink cache file", "object", k.id, "err", err)
+		s.trouble(fmt.Errorf("unlink cache file: %w", err))
 		return false
 	}
 	s.release(k)
@@ -268,16 +272,19 @@ func (s *Store) unlinkUnheld(k heldKey, name string) bool {
 func (s *Store) probe() (freed bool) {
 	s.mu.Lock()
 	s.probedAt = time.Now()
-	keys := make([]heldKey, 0, min(len(s.held), probeMax))
+	paths := make(map[heldKey]string, min(len(s.held), probeMax))
 	for k := range s.held { // in random order: all of them have their turn
-		if len(keys) == probeMax {
+		if len(paths) == probeMax {
 			break
 		}
-		keys = append(keys, k)
+		paths[k] = heldPath(k.id, k.nonce)
+		if _, stuck := s.stuck[k]; stuck {
+			paths[k] = objectPath(k.id, k.nonce)
+		}
 	}
 	s.mu.Unlock()
-	for _, k := range keys {
-		if s.unlinkUnheld(k, heldPath(k.id, k.nonce)) {
+	for k, path := range paths {
+		if s.unlinkUnheld(k, path) {
 			freed = true
 		}
 	}
@@ -294,19 +301,12 @@ func (s *Store) probeIfDue() bool {
 // janitor reads the index, removes what belongs to no object, releases held files and keeps the file system's free
 // room when others write to it. After an unclean stop it also counts what Puts that never ended left
 // on the disk.
-func (s *Store) janitor(ctx context.Context, unclean bool) {
-	s.removeAside(ctx) // before the end of the loading: these files are counted by nobody
-	if err := s.loadAll(ctx); err != nil {
-		if ctx.Err() == nil {
-			s.lose(err)
-		}
-	} else if err := s.sweep(ctx); err != nil {
-		s.log.Warn("look for cache files that belong to no object", "dir", s.cfg.Dir, "err", err)
-	}
+func (s *Store) janitor(ctx context.Context) {
+	s.takeStock(ctx)
 	s.reserve(0, 0) // the capacity may be smaller than it was
 	close(s.swept)
 	var unaudited []*entry
-	if unclean {
+	if s.unclean {
 		unaudited = s.all()
 	}
 	tick := time.NewTicker(probeEvery)
@@ -314,6 +314,7 @@ func (s *Store) janitor(ctx context.Context, unclean bool) {
 	for {
 		unaudited = s.audit(ctx, unaudited)
 		s.reserve(0, 0) // evicts until there is room; if all is in use, so be it
+		s.saveRevocations()
 		select {
 		case <-ctx.Done():
 			return
@@ -322,6 +323,28 @@ func (s *Store) janitor(ctx context.Context, unclean bool) {
 		s.evicting.Lock()
 		s.probe()
 		s.evicting.Unlock()
+	}
+}
+
+// takeStock reads the index, which may not be open yet, and holds it against the files.
+func (s *Store) takeStock(ctx context.Context) {
+	err := s.index.awaitReady(ctx)
+	if err == nil && !s.load.begun.Load() {
+		err = s.begin()
+	}
+	if err == nil {
+		s.removeAside(ctx) // before the end of the loading: these files are counted by nobody
+		err = s.loadAll(ctx)
+	}
+	close(s.load.done)
+	if err != nil {
+		if ctx.Err() == nil {
+			s.lose(err)
+		}
+		return
+	}
+	if err := s.sweep(ctx); err != nil {
+		s.log.Warn("look for cache files that belong to no object", "dir", s.cfg.Dir, "err", err)
 	}
 }
 

@@ -58,6 +58,10 @@ func (s *Store) Open(obj object.Object) (*File, error) {
 		s.rejected.Add(1)
 		return nil, fmt.Errorf("%w: %d bytes are more than half the tier", object.ErrNoSpace, obj.Size)
 	}
+	if !s.load.begun.Load() {
+		s.rejected.Add(1)
+		return nil, fmt.Errorf("%w: %w", object.ErrNoSpace, errRefused)
+	}
 	id := obj.ID()
 	if !s.Peek(id).Exists {
 		if err := s.reserve(0, 1); err != nil {
@@ -363,7 +367,6 @@ func (f *File) put(i int, data []byte, p *putting) error {
 	}
 	evicted := e.evicted.Load()
 	s.mu.Unlock()
-	s.fullLogged.Store(false)
 	if evicted {
 		return fmt.Errorf("%w: evicted", object.ErrNoSpace)
 	}
@@ -380,6 +383,9 @@ func (f *File) putRoom(room int64, p *putting) error {
 	case f.s.index.isBroken():
 		f.s.putErrors.Add(1)
 		return fmt.Errorf("%w: %w", object.ErrNoSpace, errIndex)
+	case f.s.index.health.isSick():
+		f.s.rejected.Add(1)
+		return fmt.Errorf("%w: %w", object.ErrNoSpace, errRefused)
 	case p.paid:
 		return nil
 	}
@@ -479,14 +485,20 @@ func (e *entry) takeWaste(i int) bool {
 	return false
 }
 
+// troubleOver ends a row of refusals by the file system.
+const troubleOver = time.Minute
+
 // trouble logs the first of a row of refusals by the file system.
 func (s *Store) trouble(err error) {
 	s.putErrors.Add(1)
+	now := time.Now()
 	s.mu.Lock()
+	first := now.Sub(s.troubleAt) > troubleOver
+	s.troubleAt = now
 	s.fsAt = time.Time{} // look at the file system again
 	s.mu.Unlock()
-	if !s.fullLogged.Swap(true) {
-		s.log.Error("cache cannot be written, reading through", "err", err)
+	if first {
+		s.log.Error("cache cannot be written, reading through; what else fails until a minute has passed without it is only counted", "err", err)
 	}
 }
 

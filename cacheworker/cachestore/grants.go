@@ -2,6 +2,8 @@ package cachestore
 
 import (
 	"encoding/binary"
+	"errors"
+	"maps"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -94,9 +96,32 @@ func (s *Store) Revoke(p object.Principal, store object.Store) {
 	s.mu.Lock()
 	s.revoked[revocation{p, store}] = now
 	s.mu.Unlock()
-	s.index.write(func(b *pebble.Batch) error {
-		return b.Set(revocationKey(p, store), binary.BigEndian.AppendUint64(nil, uint64(now)), nil)
-	}) // a broken index is read again only after it was opened anew, empty or not: its grants end with GrantTTL
+	err := s.writeRevocation(revocation{p, store}, now)
+	if errors.Is(err, errRefused) {
+		s.revokedUnsaved.Store(true)
+	} // a broken index is read again only after it was opened anew, empty or not: its grants end with GrantTTL
+}
+
+func (s *Store) writeRevocation(r revocation, at int64) error {
+	return s.index.write(func(b *pebble.Batch) error {
+		return b.Set(revocationKey(r.principal, r.store), binary.BigEndian.AppendUint64(nil, uint64(at)), nil)
+	})
+}
+
+// saveRevocations writes all of them, if one could not be written when it was made.
+func (s *Store) saveRevocations() {
+	if s.index.health.isSick() || !s.load.begun.Load() || !s.revokedUnsaved.Swap(false) {
+		return
+	}
+	s.mu.Lock()
+	all := maps.Clone(s.revoked)
+	s.mu.Unlock()
+	for r, at := range all {
+		if errors.Is(s.writeRevocation(r, at), errRefused) {
+			s.revokedUnsaved.Store(true)
+			return
+		}
+	}
 }
 
 func revocationKey(p object.Principal, store object.Store) []byte {
@@ -112,5 +137,8 @@ func (s *Store) loadRevocation(k, v []byte, now time.Time) {
 		s.index.deleteLater(k)
 		return
 	}
-	s.revoked[revocation{object.Principal(k[2:18]), object.Store(k[18:])}] = at
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := revocation{object.Principal(k[2:18]), object.Store(k[18:])}
+	s.revoked[r] = max(s.revoked[r], at) // one may be younger that could not be written
 }

@@ -121,6 +121,7 @@ func TestHandOverWaitsForPuts(t *testing.T) {
 
 // Whoever waits for the directory asks its owner, again if that one cannot hand it over yet.
 func TestTheOwnerIsAsked(t *testing.T) {
+	t.Parallel()
 	cfg := testConfig(t, t.TempDir(), 64<<20)
 	first := open(t, cfg)
 	asked := 0

@@ -1,6 +1,7 @@
 package cachestore
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -109,14 +110,18 @@ const maxObjectBytes = object.ChunkSize << 31
 
 // index serialises what is written to the database: one goroutine takes what has come
 // together into one batch. A record is in the kernel when its write returns, so a SIGKILL
-// loses nothing that was reported. If the database fails for good (its log cannot be
-// written), waiters are let go with errIndex and the store goes on reading.
+// loses nothing that was reported. While the disk refuses to write, waiters are let go with errRefused, and what
+// they wanted may be written later. If the database fails for good, they are let go with errIndex and the
+// store goes on reading.
 type index struct {
 	dir  dir // the caller's
 	db   *pebble.DB
 	log  *slog.Logger
 	made bool // now: there was none
 
+	health  *health
+	ready   chan struct{} // closed when the database is open
+	openErr error         // why it never will be; set before done is closed
 	writes  chan indexWrite
 	quit    chan struct{} // closed by close
 	done    chan struct{} // closed when the writer has ended
@@ -132,7 +137,10 @@ type index struct {
 	closed  bool         // guarded by reading: the database answers no more
 }
 
-var errIndex = errors.New("the index cannot be written")
+var (
+	errIndex   = errors.New("the index cannot be written")
+	errRefused = errors.New("the index cannot be written just now")
+)
 
 // indexWrite is one atomic change.
 type indexWrite struct {
@@ -141,63 +149,86 @@ type indexWrite struct {
 	done  chan error // buffered; nil if lazy
 }
 
-func openIndex(d dir, log *slog.Logger) (*index, error) {
+// openIndex opens the database below d. Where the disk refuses to write it returns at once, and the index is not ready
+// yet. trouble is told of refusals.
+func openIndex(d dir, disk vfs.FS, log *slog.Logger, trouble func(error)) (*index, error) {
 	x := &index{
 		dir: d, log: log,
-		writes: make(chan indexWrite, 64),
-		quit:   make(chan struct{}), done: make(chan struct{}), synced: make(chan struct{}),
+		ready: make(chan struct{}), writes: make(chan indexWrite, 64),
+		quit: make(chan struct{}), done: make(chan struct{}), synced: make(chan struct{}),
 		broken: make(chan struct{}), stuck: make(chan struct{}),
 	}
-	db, err := x.openDB()
-	if err != nil {
-		return nil, err
-	}
-	x.db = db
-	if err := x.checkFormat(); err != nil {
-		return nil, errors.Join(err, db.Close())
-	}
-	go x.run()
-	return x, nil
-}
-
-// openDB opens the database in its own folder by descriptor: should it be given up with
-// goroutines of pebble still alive, they cannot reach the folder that takes its place.
-func (x *index) openDB() (*pebble.DB, error) {
-	type result struct {
-		db  *pebble.DB
-		err error
-	}
-	opened := make(chan result, 1)
-	go func() {
-		late := &lateFS{FS: vfs.Default}
-		db, err := pebble.Open(x.dir.path()+"/db", &pebble.Options{
-			FS:            kernelFS{late},
-			Logger:        pebbleLog{x},
-			EventListener: x.listener(),
-			// Before the format whose log marks what was synced: ours says so without being so.
-			FormatMajorVersion: pebble.FormatColumnarBlocks,
-			MemTableSize:       4 << 20,
-			MaxOpenFiles:       256,
-		})
-		opened <- result{db, err}
-		if err := late.settle(); err != nil {
-			x.fail(err)
-		}
-		close(x.synced)
-	}()
+	x.health = newHealth(trouble, x.quit)
+	opened := make(chan error, 1)
+	go x.openDB(disk, opened)
 	select {
-	case r := <-opened:
-		if r.err != nil {
-			return nil, fmt.Errorf("pebble: %w", r.err)
-		}
-		return r.db, nil
+	case err := <-opened:
+		return x, err
+	case <-x.health.refused():
+		return x, nil
 	case <-x.stuck:
 		return nil, x.cause
 	}
 }
 
+// openDB opens the database in its own folder by descriptor: should it be given up with
+// goroutines of pebble still alive, they cannot reach the folder that takes its place.
+func (x *index) openDB(disk vfs.FS, opened chan<- error) {
+	late := &lateFS{FS: patientFS{disk, x.health}}
+	db, err := pebble.Open(x.dir.path()+"/db", &pebble.Options{
+		FS:            kernelFS{late},
+		Logger:        pebbleLog{x},
+		EventListener: x.listener(),
+		// Before the format whose log marks what was synced: ours says so without being so.
+		FormatMajorVersion: pebble.FormatColumnarBlocks,
+		MemTableSize:       4 << 20,
+		MaxOpenFiles:       256,
+	})
+	x.db = db
+	if err != nil {
+		err = fmt.Errorf("pebble: %w", err)
+	} else if err = x.checkFormat(); err != nil {
+		err = errors.Join(err, db.Close())
+	}
+	x.openErr = err
+	if err == nil {
+		close(x.ready)
+		go x.run()
+	} else {
+		close(x.done)
+	}
+	opened <- err
+	if err := late.settle(); err != nil {
+		x.fail(err)
+	}
+	close(x.synced)
+}
+
+// awaitReady returns when the database is open, or why it will not be.
+func (x *index) awaitReady(ctx context.Context) error {
+	select {
+	case <-x.ready:
+		return nil
+	case <-x.stuck:
+		return x.cause
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-x.done:
+		return x.openErr
+	}
+}
+
+func (x *index) isReady() bool {
+	select {
+	case <-x.ready:
+		return true
+	default:
+		return false
+	}
+}
+
 func (x *index) checkFormat() error {
-	v, err := x.get(metaFormat)
+	v, err := x.lookup(metaFormat)
 	if err != nil {
 		return err
 	}
@@ -215,9 +246,13 @@ func (x *index) checkFormat() error {
 func (x *index) get(key []byte) ([]byte, error) {
 	x.reading.RLock()
 	defer x.reading.RUnlock()
-	if x.closed {
+	if x.closed || !x.isReady() {
 		return nil, errIndex
 	}
+	return x.lookup(key)
+}
+
+func (x *index) lookup(key []byte) ([]byte, error) {
 	v, c, err := x.db.Get(key)
 	if errors.Is(err, pebble.ErrNotFound) {
 		return nil, nil
@@ -229,11 +264,17 @@ func (x *index) get(key []byte) ([]byte, error) {
 	return append([]byte{}, v...), nil
 }
 
-// write returns when the change is in the kernel.
+// write returns when the change is in the kernel; errRefused if it may be some time, or not.
 func (x *index) write(apply func(*pebble.Batch) error) error {
+	refused := x.health.refused()
+	if x.health.isSick() {
+		return errRefused
+	}
 	w := indexWrite{apply: apply, done: make(chan error, 1)}
 	select {
 	case x.writes <- w:
+	case <-refused:
+		return errRefused
 	case <-x.broken:
 		return errIndex
 	case <-x.quit:
@@ -242,6 +283,8 @@ func (x *index) write(apply func(*pebble.Batch) error) error {
 	select {
 	case err := <-w.done:
 		return err
+	case <-refused:
+		return errRefused
 	case <-x.broken:
 		return errIndex
 	case <-x.done:
@@ -254,10 +297,18 @@ func (x *index) write(apply func(*pebble.Batch) error) error {
 	}
 }
 
-// writeLazily is for what may be lost: a later request, not wrong bytes, is its price.
+// writeLazily is for what may be lost: a later request, not wrong bytes, is its price. While the disk refuses, what
+// does not fit into the queue is.
 func (x *index) writeLazily(apply func(*pebble.Batch) error) {
+	w := indexWrite{apply: apply, lazy: true}
 	select {
-	case x.writes <- indexWrite{apply: apply, lazy: true}:
+	case x.writes <- w:
+		return
+	default:
+	}
+	select {
+	case x.writes <- w:
+	case <-x.health.refused():
 	case <-x.broken:
 	case <-x.quit:
 	}
@@ -451,6 +502,9 @@ func (x *index) close() error {
 	x.closed = true
 	x.reading.Unlock()
 	<-x.synced
+	if !x.isReady() {
+		return x.openErr
+	}
 	err := x.db.Close()
 	if x.isBroken() {
 		err = errors.Join(errIndex, err)

@@ -20,6 +20,7 @@ import (
 type loading struct {
 	done  chan struct{} // closed at the end, also if that is an early one
 	late  chan struct{} // closed some time after the start: Puts wait no longer
+	begun atomic.Bool   // the index is open, and Store.epoch is known
 	ended atomic.Bool   // all there is, is in Store.entries; set under Store.mu
 
 	// Guarded by Store.mu.
@@ -52,7 +53,7 @@ func (l *loading) knows(id object.ID) bool {
 
 // ensure has what is known of an object in Store.entries. Requires s.mu not held.
 func (s *Store) ensure(id object.ID) {
-	if s.load.ended.Load() {
+	if s.load.ended.Load() || !s.load.begun.Load() {
 		return
 	}
 	s.mu.Lock()
@@ -90,7 +91,6 @@ func (s *Store) filesOf(id object.ID) (files []cacheFile, err error) {
 
 // loadAll reads the index.
 func (s *Store) loadAll(ctx context.Context) error {
-	defer close(s.load.done)
 	const batch = 256
 	var files []cacheFile
 	err := s.index.iterate(ctx, []byte{spaceFile}, []byte{spaceFile + 1}, func(it *pebble.Iterator) error {
@@ -274,7 +274,7 @@ func (s *Store) drop(void []cacheFile) {
 func (x *index) iterate(ctx context.Context, from, to []byte, f func(*pebble.Iterator) error) error {
 	x.reading.RLock()
 	defer x.reading.RUnlock()
-	if x.closed {
+	if x.closed || !x.isReady() {
 		return errIndex
 	}
 	it, err := x.db.NewIterWithContext(ctx, &pebble.IterOptions{LowerBound: from, UpperBound: to})

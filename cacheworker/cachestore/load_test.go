@@ -17,12 +17,12 @@ import (
 // unread opens a store whose index is not being read yet; start has it read.
 func unread(t testing.TB, cfg Config) (s *Store, start func()) {
 	t.Helper()
-	s, unclean, err := prepare(cfg)
+	s, err := prepare(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
 	start = sync.OnceFunc(func() {
-		s.start(unclean)
+		s.start()
 		<-s.swept
 	})
 	t.Cleanup(func() {
@@ -181,12 +181,12 @@ func TestAnIndexThatCannotBeReadToItsEndGoes(t *testing.T) {
 		t.Fatal(err)
 	}
 	cfg.Log = log.logger(t)
-	s, unclean, err := prepare(cfg)
+	s, err = prepare(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
 	damageMiddle(t, cfg.Dir+"/"+indexName+"/db", "*.sst")
-	s.start(unclean)
+	s.start()
 	<-s.swept
 	if f := lease(t, s, o); f.Has(0) {
 		wantChunk(t, f, 0)

@@ -15,32 +15,29 @@ import (
 	"github.com/larderfs/larder/cacheworker/object"
 )
 
-// recover opens the index, or a new one. It reports whether the last stop was unclean.
-func (s *Store) recover() (unclean bool, err error) {
+// recover opens the index, or a new one. Where the disk refuses to write just now, begin has to follow when it is open;
+// until then nothing is cached.
+func (s *Store) recover() error {
 	if err := errors.Join(s.dir.mkdir(objectsName), s.dir.mkdir(heldName)); err != nil {
-		return false, err
+		return err
 	}
-	if err = errLost; !s.isLost() {
-		unclean, err = s.openIndex()
+	err := errLost
+	if !s.isLost() {
+		err = s.openIndex()
 	}
 	if err != nil {
 		if !s.indexIsLost(err) {
-			return false, fmt.Errorf("index: %w", err)
+			return fmt.Errorf("index: %w", err)
 		}
 		s.log.Error("cache index cannot be read: the cache starts empty", "dir", s.cfg.Dir, "err", err.Error())
-		if unclean, err = s.startEmpty(); err != nil {
-			return false, err
-		}
-	}
-	if s.index.made {
-		if err := s.setAside(); err != nil {
-			return false, errors.Join(fmt.Errorf("cache files of a lost index: %w", err), s.index.close())
+		if err := s.startEmpty(); err != nil {
+			return err
 		}
 	}
 	if err := s.findHeld(); err != nil {
-		return false, errors.Join(err, s.index.close())
+		return errors.Join(err, s.index.close())
 	}
-	return unclean, nil
+	return nil
 }
 
 // indexIsLost tells a broken index from a system that would not let us read it just now.
@@ -59,30 +56,44 @@ func (s *Store) indexIsLost(err error) bool {
 	return true
 }
 
-func (s *Store) openIndex() (unclean bool, err error) {
+func (s *Store) openIndex() error {
 	if err := s.dir.mkdir(indexName); err != nil {
-		return false, err
+		return err
 	}
 	f, err := s.dir.open(indexName, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
-		return false, err
+		return err
 	}
 	s.indexDir = dir{f, s.cfg.sys} // one before it stays open: what is left of its database must not find this one by number
-	x, err := openIndex(s.indexDir, s.log)
+	x, err := openIndex(s.indexDir, s.cfg.disk, s.log, s.trouble)
 	if err != nil {
-		return false, err
+		return err
 	}
 	s.index = x
+	if !x.isReady() {
+		return nil
+	}
+	if err := s.begin(); err != nil {
+		return errors.Join(err, s.index.close())
+	}
+	return nil
+}
+
+// begin reads from an index that was opened what has to be known first.
+func (s *Store) begin() (err error) {
+	if s.index.made {
+		if err := s.setAside(); err != nil {
+			return fmt.Errorf("cache files of a lost index: %w", err)
+		}
+	}
 	if err = s.loadEpoch(); err == nil {
 		err = s.loadRevocations()
 	}
 	if err == nil {
-		unclean, err = s.takeClean()
+		s.unclean, err = s.takeClean()
 	}
-	if err != nil {
-		return false, errors.Join(err, s.index.close())
-	}
-	return unclean, nil
+	s.load.begun.Store(err == nil)
+	return err
 }
 
 // takeClean removes the mark of a clean stop.
@@ -91,18 +102,28 @@ func (s *Store) takeClean() (unclean bool, err error) {
 	if err != nil || clean == nil {
 		return true, err
 	}
-	return false, s.index.write(func(b *pebble.Batch) error { return b.Delete(metaClean, nil) })
+	return false, s.writeInOrder(func(b *pebble.Batch) error { return b.Delete(metaClean, nil) })
 }
 
-func (s *Store) startEmpty() (unclean bool, err error) {
+// writeInOrder is for what has to be written before all that follows, and so may be written when the disk takes it.
+func (s *Store) writeInOrder(apply func(*pebble.Batch) error) error {
+	err := s.index.write(apply)
+	if errors.Is(err, errRefused) {
+		s.index.writeLazily(apply) // its queue is empty
+		return nil
+	}
+	return err
+}
+
+func (s *Store) startEmpty() error {
 	clear(s.revoked)
 	if err := errors.Join(s.dir.removeAll(indexName), s.dir.unlink(lostName)); err != nil {
-		return false, err
+		return err
 	}
-	if unclean, err = s.openIndex(); err != nil {
-		return false, fmt.Errorf("new index: %w", err)
+	if err := s.openIndex(); err != nil {
+		return fmt.Errorf("new index: %w", err)
 	}
-	return unclean, nil
+	return nil
 }
 
 // lose has the next start begin empty: the index cannot be read.
@@ -139,7 +160,7 @@ func (s *Store) loadEpoch() error {
 		}
 	}
 	s.epoch++
-	return s.index.write(func(b *pebble.Batch) error {
+	return s.writeInOrder(func(b *pebble.Batch) error {
 		v := append(binary.BigEndian.AppendUint32(nil, s.epoch), s.cfg.BootID...)
 		return b.Set(metaEpoch, v, nil)
 	})

@@ -64,13 +64,13 @@ func damage(t testing.TB, cfg Config, s *Store, o object.Object, off int64) {
 // openUnscrubbed opens a store that verifies only what is read.
 func openUnscrubbed(t testing.TB, cfg Config) *Store {
 	t.Helper()
-	s, unclean, err := prepare(cfg)
+	s, err := prepare(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	s.quit = cancel
-	s.work.Go(func() { s.janitor(ctx, unclean) })
+	s.work.Go(func() { s.janitor(ctx) })
 	<-s.swept
 	t.Cleanup(func() {
 		checkInvariants(t, s)

@@ -202,6 +202,7 @@ func TestALostIndex(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			cfg, _ := viewConfig(t, 16*chunk)
 			s := open(t, cfg)
 			kept, gone := obj("kept", 4*chunk), obj("gone", 4*chunk)

@@ -27,6 +27,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
@@ -50,7 +51,8 @@ type Config struct {
 	GrantTTL time.Duration // 0 means 24 h
 	Log      *slog.Logger  // nil means slog.Default()
 
-	sys system // nil is the kernel
+	sys  system // nil is the kernel
+	disk vfs.FS // of the index; nil is the kernel's
 }
 
 // Store is one tier of cache files. All methods are safe for concurrent use.
@@ -66,15 +68,18 @@ type Store struct {
 	nodeKey  []byte
 	epoch    uint32 // of this boot; a chunk record of another epoch is unverified
 
+	unclean bool // the last stop was; set by begin
+
 	quit  context.CancelFunc
 	work  sync.WaitGroup // what quit ends
+	views sync.WaitGroup // write-backs that Views wait for
 	swept chan struct{}  // closed when the janitor has looked at all files
 
 	load loading
 
 	onEvict atomic.Pointer[func(object.ID)]
 	counters
-	fullLogged atomic.Bool // since the last Put that succeeded
+	revokedUnsaved atomic.Bool // a revocation is not in the index
 
 	noLeases sync.Once
 
@@ -92,13 +97,15 @@ type Store struct {
 	verified   int64                    // bytes of those that are verified
 	uses       int64                    // Opens and Puts
 	backlog    backlog
-	idle       chan struct{}     // closed when the next write-back ends; may be nil
-	complete   int               // entries complete and verified
-	live       int64             // bytes on disk of entries, and reserved for Puts in flight
-	held       map[heldKey]int64 // evicted files that are not gone yet: bytes on disk
-	heldBytes  int64             // sum of held
+	idle       chan struct{}        // closed when the next write-back ends; may be nil
+	complete   int                  // entries complete and verified
+	live       int64                // bytes on disk of entries, and reserved for Puts in flight
+	held       map[heldKey]int64    // evicted files that are not gone yet: bytes on disk
+	stuck      map[heldKey]struct{} // those of them that are still in their old place
+	heldBytes  int64                // sum of held
 	probedAt   time.Time
-	fsRoom     room // as of fsAt, less what was written since
+	troubleAt  time.Time // of the last refusal by the file system
+	fsRoom     room      // as of fsAt, less what was written since
 	fsAt       time.Time
 	storeIDs   map[object.Store]uint32
 	stores     []object.Store
@@ -141,19 +148,19 @@ type Info struct {
 // Open opens the tier: takes its lock and the index, which is read while the store is in use. An index
 // that cannot be opened is removed together with all cache files.
 func Open(cfg Config) (*Store, error) {
-	s, unclean, err := prepare(cfg)
+	s, err := prepare(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("open cache %s: %w", cfg.Dir, err)
 	}
-	s.start(unclean)
+	s.start()
 	return s, nil
 }
 
 // prepare is Open but for the janitor.
-func prepare(cfg Config) (_ *Store, unclean bool, err error) {
+func prepare(cfg Config) (_ *Store, err error) {
 	s := &Store{
 		cfg: cfg, log: cfg.Log, lock: cfg.Lock, swept: make(chan struct{}),
-		entries: make(map[object.ID]*entry), held: make(map[heldKey]int64),
+		entries: make(map[object.ID]*entry), held: make(map[heldKey]int64), stuck: make(map[heldKey]struct{}),
 		storeIDs: make(map[object.Store]uint32), principals: make(map[object.Principal]uint32),
 		revoked: make(map[revocation]int64), backlog: backlog{more: make(chan struct{}, 1)},
 		load: loading{done: make(chan struct{}), late: make(chan struct{}), asked: make(map[object.ID]struct{})},
@@ -165,41 +172,40 @@ func prepare(cfg Config) (_ *Store, unclean bool, err error) {
 		}
 	}()
 	if err := s.setDefaults(); err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	if s.dir, err = openDir(cfg.Dir, s.cfg.sys); err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	if cfg.ViewDir != "" {
 		if s.view, err = openDir(cfg.ViewDir, s.cfg.sys); err != nil {
-			return nil, false, err
+			return nil, err
 		}
 	}
 	if s.lock == nil {
 		if s.lock, err = s.dir.lock(context.Background(), s.cfg.LockWait, cfg.AskOwner); err != nil {
-			return nil, false, err
+			return nil, err
 		}
 	}
 	if s.fsRoom, err = s.dir.room(); err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	if s.cfg.CapacityBytes == 0 {
 		s.cfg.CapacityBytes = s.fsRoom.totalBytes / 10 * 9
 	}
 	s.policy = policy.New[object.ID](s.cfg.CapacityBytes)
 	if err := s.openIdentity(); err != nil {
-		return nil, false, err
+		return nil, err
 	}
-	unclean, err = s.recover()
-	return s, unclean, err
+	return s, s.recover()
 }
 
-func (s *Store) start(unclean bool) {
+func (s *Store) start() {
 	ctx, cancel := context.WithCancel(context.Background())
 	s.quit = cancel
 	late := time.AfterFunc(loadWait, func() { close(s.load.late) })
 	context.AfterFunc(ctx, func() { late.Stop() })
-	s.work.Go(func() { s.janitor(ctx, unclean) })
+	s.work.Go(func() { s.janitor(ctx) })
 	s.work.Go(func() { s.scrub(ctx) })
 	s.work.Go(func() { s.writeBackAll(ctx) })
 }
@@ -221,6 +227,9 @@ func (s *Store) setDefaults() error {
 	}
 	if c.sys == nil {
 		c.sys = kernel{}
+	}
+	if c.disk == nil {
+		c.disk = vfs.Default
 	}
 	if c.Log == nil {
 		s.log = slog.Default()
@@ -344,6 +353,7 @@ func (s *Store) giveUp() error {
 	s.mu.Unlock()
 	s.quit()
 	s.work.Wait()
+	s.views.Wait()
 	s.writing.Lock()
 	defer s.writing.Unlock()
 	s.evicting.Lock() // whoever evicts has ended

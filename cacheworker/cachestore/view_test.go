@@ -17,6 +17,7 @@ import (
 
 // TestAViewCannotBeOpenedAgainForWriting is invariant 6. We are root, and the file is ours.
 func TestAViewCannotBeOpenedAgainForWriting(t *testing.T) {
+	t.Parallel()
 	cfg, _ := viewConfig(t, 16*chunk)
 	s := open(t, cfg)
 	o := obj("a", 2*chunk)

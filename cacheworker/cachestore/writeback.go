@@ -144,7 +144,7 @@ func (f *File) written() error {
 		return nil
 	}
 	result := make(chan error, 1)
-	s.work.Go(func() { result <- s.writeBack(f.e) }) // giveUp, which waits for it, needs s.mu first
+	s.views.Go(func() { result <- s.writeBack(f.e) }) // giveUp, which waits for it, needs s.mu first
 	s.mu.Unlock()
 	t := time.NewTimer(writeBackWait)
 	defer t.Stop()

@@ -2,8 +2,10 @@ package fill
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
+	"github.com/larderfs/larder/cacheworker/cachestore"
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/cacheworker/source"
 )
@@ -72,6 +74,9 @@ func (r *Reader) completeRun(ctx context.Context, first, end int) (int, error) {
 	for _, c := range held {
 		if err == nil {
 			err = r.f.awaitStored(ctx, c)
+			if errors.Is(err, object.ErrNoSpace) {
+				err = r.f.storeAgain(l.file, c)
+			}
 		}
 		r.f.done(c, err == nil)
 	}
@@ -150,6 +155,26 @@ func (f *Fills) awaitStored(ctx context.Context, c *chunk) error {
 			return fmt.Errorf("wait for chunk %d: %w", c.key.i, context.Cause(ctx))
 		}
 	}
+}
+
+// storeAgain puts a chunk that has found no room before, and is in memory: there may be some now.
+func (f *Fills) storeAgain(file *cachestore.File, c *chunk) error {
+	f.mu.Lock()
+	kept := c.elem != nil
+	f.mu.Unlock()
+	if !kept {
+		return object.ErrNoSpace
+	}
+	if err := file.Put(c.key.i, c.buf); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.gen++
+	if c.elem != nil {
+		f.forget(c)
+	}
+	return nil
 }
 
 // CompleteLater queues the object to be completed while no reader waits for a fetch. What

@@ -263,7 +263,7 @@ func (r *Reader) step(ctx context.Context, p []byte, off int64) error {
 			if r.closed.Load() {
 				return errClosed
 			}
-			r.f.cfg.Log.Error("read cache file", "object", r.obj, "off", off, "err", err)
+			r.f.cfg.Log.Debug("read cache file", "object", r.obj, "off", off, "err", err) // the cache has counted it
 		} else {
 			l.release()
 		}
