@@ -262,7 +262,7 @@ func (m *Mount) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 	if fd, release, ok := r.Span(off, size); ok && size > 0 {
 		if m.cfg.Features.Splice && size <= spliceMax {
 			m.cfg.Counters.Spliced.Add(1)
-			return span{fd: fd, off: off, size: size, done: func() { release(); m.unhold(n, false) }}, fuse.OK
+			return span{m: m, n: n, r: r, cancel: cancel, fd: fd, off: off, size: size, release: release}, fuse.OK
 		}
 		got, err := syscall.Pread(fd, buf[:size], off)
 		release()
@@ -284,21 +284,35 @@ func (m *Mount) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 // span is an answer that lies in the cache file, from which go-fuse splices it. It is valid
 // until Done.
 type span struct {
-	fd   int
-	off  int64
-	size int
-	done func()
+	m       *Mount
+	n       *node
+	r       *fill.Reader
+	cancel  <-chan struct{}
+	fd      int
+	off     int64
+	size    int
+	release func()
 }
 
-func (s span) Size() int                                   { return s.size }
-func (s span) Done()                                       { s.done() }
+func (s span) Size() int { return s.size }
+
+func (s span) Done() {
+	s.release()
+	s.m.unhold(s.n, false)
+}
+
 func (s span) Seekable() (fd uintptr, off int64, size int) { return uintptr(s.fd), s.off, s.size }
 
-// Bytes is for when splicing fails.
+// Bytes is for when splicing fails: if the disk does, the bytes are the store's.
 func (s span) Bytes(buf []byte) ([]byte, fuse.Status) {
-	n, err := syscall.Pread(s.fd, buf[:s.size], s.off)
-	if err != nil || n < s.size {
-		return nil, fuse.EIO
+	if n, err := syscall.Pread(s.fd, buf[:s.size], s.off); err == nil && n == s.size {
+		return buf[:n], fuse.OK
+	}
+	ctx, stop := s.m.requestContext(s.cancel)
+	defer stop()
+	n, err := s.r.ReadAt(ctx, buf[:s.size], s.off)
+	if err != nil {
+		return nil, s.m.failed("read", s.n, err)
 	}
 	return buf[:n], fuse.OK
 }
