@@ -1,16 +1,20 @@
-// Package policy decides who is evicted from a cache that is counted in bytes: S3-FIFO
-// (Yang et al., SOSP 2023). It is pure: no clock, no I/O, no goroutine, no lock of its own.
+// Package policy decides who is evicted from a cache that is counted in bytes. It is pure: no clock, no I/O, no
+// goroutine, no lock of its own.
 //
-// What was asked for once leaves through the small queue and never displaces what was asked
-// for often: a scan of any length costs the main queue nothing. The caller keeps the nodes
+// Newcomers pass through a small queue. At its end a newcomer takes the place of the main queue's oldest if it was asked
+// for more often, also before it was evicted the last time; else it goes. So a scan of any length costs the main
+// queue nothing, and of a row of files that is read again and again and does not fit, a part stays
+// (LRU and S3-FIFO keep nothing of it). What is not asked for during some rounds of the main queue counts as
+// never asked for, so that the data of yesterday's job make room. The caller keeps the nodes
 // (one per object, embedded in its own struct, so that a million of them cost no map here);
 // a node is in at most one queue, and [Cache.Bytes] is the sum over the nodes in queues.
 package policy
 
 const (
 	smallPercent = 10 // share of the capacity that newcomers pass through
-	maxFreq      = 3  // hits that are remembered
-	promoteFreq  = 2  // hits in the small queue that earn a place in the main one
+	maxFreq      = 15 // hits that are remembered
+	idleRounds   = 3  // of the main queue without a hit, after which a node has none left
+	ageTurns     = 20 // how often the capacity is evicted until all hits count half
 )
 
 // Node is one object of a [Cache]. The zero value with a Key is ready for [Cache.Insert].
@@ -20,32 +24,51 @@ type Node[K comparable] struct {
 	prev, next *Node[K]
 	bytes      int64
 	queue      *queue[K] // nil when in none
-	freq       uint8
+	hits       hits
+	again      bool  // asked for since it was last the oldest of the main queue
+	idle       uint8 // how often in a row it was the oldest and not asked for
 }
 
 // Bytes is what the node is charged for.
 func (n *Node[K]) Bytes() int64 { return n.bytes }
+
+// hits is how often a key was asked for, of late.
+type hits struct {
+	n   uint8
+	age uint32 // when n was true
+}
+
+// at is what the hits are worth now.
+func (h hits) at(age uint32) uint8 {
+	if age-h.age > 8 {
+		return 0
+	}
+	return h.n >> (age - h.age)
+}
 
 // Cache orders nodes. Its methods are not safe for concurrent use.
 type Cache[K comparable] struct {
 	capacity    int64 // bytes
 	small, main queue[K]
 	ghosts      ghosts[K]
+	turned      int64  // bytes evicted since the hits were halved
+	age         uint32 // how often they were
 }
 
 // New makes an empty cache of so many bytes. The capacity is no limit that Cache keeps: the
 // caller evicts. It says how large the small queue and the memory for the evicted may be.
 func New[K comparable](capacityBytes int64) *Cache[K] {
-	return &Cache[K]{capacity: capacityBytes, ghosts: ghosts[K]{at: make(map[K]uint64)}}
+	return &Cache[K]{capacity: capacityBytes, ghosts: ghosts[K]{at: make(map[K]memory)}}
 }
 
-// Insert puts a new node in: behind the small queue's last, or, if its key was evicted from
-// there not long ago, behind the main queue's.
+// Insert puts a new node in, behind the small queue's last. If its key was evicted not long ago it has the hits
+// that it had then.
 func (c *Cache[K]) Insert(n *Node[K], bytes int64) {
-	n.bytes, n.freq = bytes, 0
-	if c.ghosts.forget(n.Key) {
-		c.main.push(n)
-		return
+	n.bytes, n.again, n.idle = bytes, false, 0
+	old, known := c.ghosts.forget(n.Key)
+	n.hits = hits{old.at(c.age), c.age}
+	if known {
+		c.Hit(n)
 	}
 	c.small.push(n)
 }
@@ -53,12 +76,15 @@ func (c *Cache[K]) Insert(n *Node[K], bytes int64) {
 // Restore puts a node of an earlier life of the cache in: behind the main queue's last, so
 // that the first scan after a restart does not wash it out.
 func (c *Cache[K]) Restore(n *Node[K], bytes int64) {
-	n.bytes, n.freq = bytes, 0
+	n.bytes, n.hits, n.again, n.idle = bytes, hits{0, c.age}, false, 0
 	c.main.push(n)
 }
 
 // Hit says that the node was asked for again.
-func (c *Cache[K]) Hit(n *Node[K]) { n.freq = min(n.freq+1, maxFreq) }
+func (c *Cache[K]) Hit(n *Node[K]) {
+	n.hits = hits{min(n.hits.at(c.age)+1, maxFreq), c.age}
+	n.again = true
+}
 
 // Grow adds to what the node is charged for; negative bytes take away.
 func (c *Cache[K]) Grow(n *Node[K], bytes int64) {
@@ -80,55 +106,72 @@ func (c *Cache[K]) Len() int     { return c.small.len + c.main.len }
 func (c *Cache[K]) Bytes() int64 { return c.small.bytes + c.main.bytes }
 
 // Evict chooses one node, takes it out and returns it; nil if skip is true for all of them.
-// A node that is skipped goes back to the young end of its queue with its hits: being held
-// is being used. No node is looked at more than maxFreq+2 times, so Evict ends.
+// A node that is skipped goes back to the young end of its queue: being held is being used. No
+// queue is gone through more than twice for each node that moves to the other, so Evict ends.
 func (c *Cache[K]) Evict(skip func(*Node[K]) bool) *Node[K] {
-	var smallPassed, mainPassed int // skipped in a row: a whole queue of them has no victim
-	for {
-		smallOver := smallPassed >= c.small.len
-		mainOver := mainPassed >= c.main.len
-		if smallOver && mainOver {
-			return nil
-		}
-		fromSmall := c.small.bytes*100 > c.capacity*smallPercent || c.main.len == 0
-		if fromSmall && smallOver {
-			fromSmall = false
-		}
-		if !fromSmall && mainOver {
-			fromSmall = true
-		}
-		if fromSmall {
-			n := c.small.oldest()
-			switch {
-			case skip(n):
-				c.small.requeue(n)
-				smallPassed++
-			case n.freq >= promoteFreq:
-				c.small.remove(n)
-				n.freq = 0
-				c.main.push(n)
-				mainPassed = 0 // it can be the victim now
-			default:
-				c.small.remove(n)
-				c.ghosts.remember(n.Key, max(c.Len(), minGhosts))
-				return n
-			}
-			continue
-		}
-		n := c.main.oldest()
+	newest := c.oldest(&c.small, skip)
+	for newest != nil && c.main.bytes+newest.bytes <= c.capacity-c.capacity/100*smallPercent {
+		c.promote(newest)
+		newest = c.oldest(&c.small, skip)
+	}
+	rival := c.oldest(&c.main, skip)
+	switch {
+	case newest == nil && rival == nil:
+		return nil
+	case newest == nil, rival != nil && c.small.bytes <= c.capacity/200*smallPercent:
+		return c.out(rival)
+	case rival == nil:
+		return c.out(newest)
+	case newest.hits.at(c.age) <= c.worth(rival):
+		c.main.requeue(rival)
+		rival.idle = min(rival.idle+1, idleRounds)
+		return c.out(newest)
+	}
+	c.promote(newest)
+	return c.out(rival)
+}
+
+// worth is the hits of a node of the main queue.
+func (c *Cache[K]) worth(n *Node[K]) uint8 {
+	if n.idle >= idleRounds {
+		return 0
+	}
+	return n.hits.at(c.age)
+}
+
+func (c *Cache[K]) promote(n *Node[K]) {
+	c.small.remove(n)
+	n.again, n.idle = false, 0
+	c.main.push(n)
+}
+
+// oldest is the first in a queue that may go; nil if there is none. Of the main queue, those that were asked for
+// since they were last looked at have their turn once more.
+func (c *Cache[K]) oldest(q *queue[K], skip func(*Node[K]) bool) *Node[K] {
+	for range 2 * q.len {
+		n := q.head
 		switch {
 		case skip(n):
-			c.main.requeue(n)
-			mainPassed++
-		case n.freq > 0:
-			n.freq--
-			c.main.requeue(n)
-			mainPassed = 0
+			q.requeue(n)
+		case q == &c.main && n.again:
+			n.again, n.idle = false, 0
+			q.requeue(n)
 		default:
-			c.main.remove(n)
 			return n
 		}
 	}
+	return nil
+}
+
+// out takes a node out, and remembers its hits.
+func (c *Cache[K]) out(n *Node[K]) *Node[K] {
+	if c.turned += n.bytes; c.turned >= c.capacity*ageTurns {
+		c.turned = 0
+		c.age++
+	}
+	n.queue.remove(n)
+	c.ghosts.remember(n.Key, n.hits, max(c.Len(), minGhosts))
+	return n
 }
 
 // queue is a ring of nodes in the order of their coming; head is the oldest.
@@ -137,8 +180,6 @@ type queue[K comparable] struct {
 	len   int
 	bytes int64
 }
-
-func (q *queue[K]) oldest() *Node[K] { return q.head }
 
 func (q *queue[K]) push(n *Node[K]) {
 	if q.head == nil {
@@ -171,13 +212,18 @@ func (q *queue[K]) remove(n *Node[K]) {
 func (q *queue[K]) requeue(n *Node[K]) { q.head = n.next }
 
 // minGhosts keeps a memory in a cache of a few large objects.
-const minGhosts = 64
+const minGhosts = 1024
 
-// ghosts remembers the keys evicted last from the small queue, as many as there are nodes.
+// ghosts remembers the keys evicted last and their hits, as many as there are nodes.
 type ghosts[K comparable] struct {
-	at   map[K]uint64 // key → sequence number of its eviction
-	ring []ghost[K]   // in the order of eviction; forgotten ones stay in it until they are oldest
+	at   map[K]memory
+	ring []ghost[K] // in the order of eviction; forgotten ones stay in it until they are oldest
 	seq  uint64
+}
+
+type memory struct {
+	hits
+	seq uint64 // number of its eviction
 }
 
 type ghost[K comparable] struct {
@@ -185,21 +231,21 @@ type ghost[K comparable] struct {
 	seq uint64
 }
 
-func (g *ghosts[K]) remember(key K, limit int) {
+func (g *ghosts[K]) remember(key K, h hits, limit int) {
 	g.seq++
-	g.at[key] = g.seq
+	g.at[key] = memory{h, g.seq}
 	g.ring = append(g.ring, ghost[K]{key, g.seq})
 	for len(g.ring) > limit {
 		old := g.ring[0]
 		g.ring = g.ring[1:]
-		if g.at[old.key] == old.seq {
+		if g.at[old.key].seq == old.seq {
 			delete(g.at, old.key)
 		}
 	}
 }
 
-func (g *ghosts[K]) forget(key K) bool {
-	_, ok := g.at[key]
+func (g *ghosts[K]) forget(key K) (hits, bool) {
+	m, ok := g.at[key]
 	delete(g.at, key)
-	return ok
+	return m.hits, ok
 }

@@ -194,7 +194,7 @@ func each(q *queue[string], f func(*Node[string])) {
 func show(q *queue[string]) string {
 	var parts []string
 	each(q, func(n *Node[string]) {
-		parts = append(parts, fmt.Sprintf("%s:%d%s", n.Key, n.bytes, strings.Repeat("+", int(n.freq))))
+		parts = append(parts, fmt.Sprintf("%s:%d%s", n.Key, n.bytes, strings.Repeat("+", int(n.hits.n))))
 	})
 	return fmt.Sprintf("%d bytes [%s]", q.bytes, strings.Join(parts, " "))
 }
@@ -202,7 +202,7 @@ func show(q *queue[string]) string {
 func (g *ghosts[K]) show() string {
 	var keys []string
 	for _, e := range g.ring {
-		if g.at[e.key] == e.seq {
+		if g.at[e.key].seq == e.seq {
 			keys = append(keys, fmt.Sprint(e.key))
 		}
 	}
@@ -223,7 +223,7 @@ func compare(t *testing.T, out *bytes.Buffer, args []string) {
 	hits, bytes := play(trace, func(k string, n int64) bool { hit, _ := ours.get(k, n); return hit })
 	ours.check(t)
 	lruHits, lruBytes := play(trace, newLRU(p["capacity"]).get)
-	fmt.Fprintf(out, "s3-fifo: %4.1f %% of gets hit, %4.1f %% of bytes\n", hits, bytes)
+	fmt.Fprintf(out, "ours:    %4.1f %% of gets hit, %4.1f %% of bytes\n", hits, bytes)
 	fmt.Fprintf(out, "lru:     %4.1f %% of gets hit, %4.1f %% of bytes\n", lruHits, lruBytes)
 }
 
