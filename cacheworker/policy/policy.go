@@ -5,7 +5,9 @@
 // for more often, also before it was evicted the last time; else it goes. So a scan of any length costs the main
 // queue nothing, and of a row of files that is read again and again and does not fit, a part stays
 // (LRU and S3-FIFO keep nothing of it). What is not asked for during some rounds of the main queue counts as
-// never asked for, so that the data of yesterday's job make room. The caller keeps the nodes
+// never asked for, so that the data of yesterday's job make room. Where jobs go from one dataset to another so often
+// that this is too late, newcomers are let in without a question: a duel over a sample of the keys says
+// which of the two ways hits more bytes. The caller keeps the nodes
 // (one per object, embedded in its own struct, so that a million of them cost no map here);
 // a node is in at most one queue, and [Cache.Bytes] is the sum over the nodes in queues.
 package policy
@@ -53,12 +55,21 @@ type Cache[K comparable] struct {
 	ghosts      ghosts[K]
 	turned      int64  // bytes evicted since the hits were halved
 	age         uint32 // how often they were
+	recent      bool   // newcomers need not be asked for more often than whom they replace
+	duel        *duel[K]
 }
 
 // New makes an empty cache of so many bytes. The capacity is no limit that Cache keeps: the
 // caller evicts. It says how large the small queue and the memory for the evicted may be.
 func New[K comparable](capacityBytes int64) *Cache[K] {
-	return &Cache[K]{capacity: capacityBytes, ghosts: ghosts[K]{at: make(map[K]memory)}}
+	c := single[K](capacityBytes, false)
+	c.duel = newDuel[K](capacityBytes)
+	return c
+}
+
+// single has one way of choosing.
+func single[K comparable](capacity int64, recent bool) *Cache[K] {
+	return &Cache[K]{capacity: capacity, recent: recent, ghosts: ghosts[K]{at: make(map[K]memory)}}
 }
 
 // Insert puts a new node in, behind the small queue's last. If its key was evicted not long ago it has the hits
@@ -68,9 +79,10 @@ func (c *Cache[K]) Insert(n *Node[K], bytes int64) {
 	old, known := c.ghosts.forget(n.Key)
 	n.hits = hits{old.at(c.age), c.age}
 	if known {
-		c.Hit(n)
+		c.hit(n)
 	}
 	c.small.push(n)
+	c.asked(n)
 }
 
 // Restore puts a node of an earlier life of the cache in: behind the main queue's last, so
@@ -82,6 +94,18 @@ func (c *Cache[K]) Restore(n *Node[K], bytes int64) {
 
 // Hit says that the node was asked for again.
 func (c *Cache[K]) Hit(n *Node[K]) {
+	c.hit(n)
+	c.asked(n)
+}
+
+func (c *Cache[K]) asked(n *Node[K]) {
+	if c.duel != nil {
+		c.duel.asked(n)
+		c.recent = c.duel.recent()
+	}
+}
+
+func (c *Cache[K]) hit(n *Node[K]) {
 	n.hits = hits{min(n.hits.at(c.age)+1, maxFreq), c.age}
 	n.again = true
 }
@@ -92,12 +116,18 @@ func (c *Cache[K]) Grow(n *Node[K], bytes int64) {
 	if n.queue != nil {
 		n.queue.bytes += bytes
 	}
+	if c.duel != nil {
+		c.duel.grew(n)
+	}
 }
 
 // Remove takes a node out without remembering it. It may be in no queue.
 func (c *Cache[K]) Remove(n *Node[K]) {
 	if n.queue != nil {
 		n.queue.remove(n)
+	}
+	if c.duel != nil {
+		c.duel.forget(n.Key)
 	}
 }
 
@@ -122,7 +152,7 @@ func (c *Cache[K]) Evict(skip func(*Node[K]) bool) *Node[K] {
 		return c.out(rival)
 	case rival == nil:
 		return c.out(newest)
-	case newest.hits.at(c.age) <= c.worth(rival):
+	case !c.recent && newest.hits.at(c.age) <= c.worth(rival):
 		c.main.requeue(rival)
 		rival.idle = min(rival.idle+1, idleRounds)
 		return c.out(newest)

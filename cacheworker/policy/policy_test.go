@@ -84,7 +84,7 @@ type model struct {
 }
 
 func newModel(capacity int64) *model {
-	return &model{capacity: capacity, c: New[string](capacity), nodes: map[string]*Node[string]{}, leased: map[string]bool{}}
+	return &model{capacity: capacity, c: single[string](capacity, false), nodes: map[string]*Node[string]{}, leased: map[string]bool{}}
 }
 
 func (m *model) run(t *testing.T, out *bytes.Buffer, f []string) {
