@@ -190,7 +190,7 @@ func condition(in *s3.GetObjectInput, version string) error {
 
 // check compares an answer with what was asked for.
 func (b *body) check(out *s3.GetObjectOutput) error {
-	if got := version(out.ETag, out.LastModified); got != b.obj.Version {
+	if got := version(aws.ToString(out.ETag), aws.ToTime(out.LastModified)); got != b.obj.Version {
 		return b.changed("its version is %q, not %q", got, b.obj.Version)
 	}
 	if out.ContentRange == nil {

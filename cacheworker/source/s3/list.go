@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -41,7 +40,7 @@ func (s *Source) List(ctx context.Context, in source.ListInput) (source.Page, er
 		if in.Max > 0 && len(entries) > in.Max { // room was asked for the folder's own marker
 			entries = entries[:in.Max]
 			page.Next = entries[in.Max-1].behind()
-		} else if aws.ToBool(out.IsTruncated) {
+		} else if out.truncated {
 			page.Next = max(last, after)
 		}
 		if page.Next == "" || len(entries) > 0 {
@@ -49,20 +48,20 @@ func (s *Source) List(ctx context.Context, in source.ListInput) (source.Page, er
 				e.addTo(&page)
 			}
 			if page.Next != "" && page.Next == last {
-				s.tokens.put(in.Prefix, page.Next, aws.ToString(out.NextContinuationToken))
+				s.tokens.put(in.Prefix, page.Next, out.next)
 			}
 			return page, nil
 		}
-		if page.Next == after && aws.ToString(out.NextContinuationToken) == token {
+		if page.Next == after && out.next == token {
 			return source.Page{}, fmt.Errorf("list %q in %s: %w: the store's list does not go on behind %q", in.Prefix, s.where, object.ErrUnavailable, after)
 		}
-		after, token = page.Next, aws.ToString(out.NextContinuationToken)
+		after, token = page.Next, out.next
 	}
 }
 
 // list asks for one page, by the token that the store gave for what follows after, or, if it
 // does not know that one any more, by the name.
-func (s *Source) list(ctx context.Context, in source.ListInput, after, token string) (*s3.ListObjectsV2Output, error) {
+func (s *Source) list(ctx context.Context, in source.ListInput, after, token string) (*listing, error) {
 	req := &s3.ListObjectsV2Input{
 		Bucket: &s.bucket, Prefix: &in.Prefix, Delimiter: aws.String("/"),
 		EncodingType: types.EncodingTypeUrl, // XML cannot express every key
@@ -81,9 +80,13 @@ func (s *Source) list(ctx context.Context, in source.ListInput, after, token str
 	}
 	call, done := s.bounded(ctx)
 	defer done()
-	out, err := s.api.ListObjectsV2(call, req)
+	l := &listing{}
+	out, err := s.api.ListObjectsV2(call, req, l.answer)
 	if err == nil {
-		return out, nil
+		if !l.read {
+			l.take(out)
+		}
+		return l, nil
 	}
 	err = s.wrap(call, source.List, in.Prefix, err)
 	if token != "" && ctx.Err() == nil && !decided(err) {
@@ -117,22 +120,21 @@ func (e entry) addTo(p *source.Page) {
 }
 
 // entries are what an answer holds behind after, in key order, and the number of keys that no path can express.
-func (s *Source) entries(prefix, after string, out *s3.ListObjectsV2Output) (all []entry, hidden int) {
-	all = make([]entry, 0, len(out.Contents)+len(out.CommonPrefixes))
-	for _, c := range out.Contents {
-		key, size := decode(out, aws.ToString(c.Key)), aws.ToInt64(c.Size)
-		if key == prefix && size == 0 {
+func (s *Source) entries(prefix, after string, l *listing) (all []entry, hidden int) {
+	all = make([]entry, 0, len(l.files)+len(l.folders))
+	for _, f := range l.files {
+		if f.key == prefix && f.size == 0 {
 			continue // the folder's own marker
 		}
-		name, folder, ok := source.Split(prefix, key)
-		if !ok || folder || version(c.ETag, c.LastModified) == "" {
+		name, folder, ok := source.Split(prefix, f.key)
+		if !ok || folder || version(f.etag, f.modified) == "" {
 			hidden++
 			continue
 		}
-		all = append(all, entry{name, s.object(key, c.ETag, c.LastModified, size)})
+		all = append(all, entry{name, s.object(f.key, f.etag, f.modified, f.size)})
 	}
-	for _, c := range out.CommonPrefixes {
-		name, folder, ok := source.Split(prefix, decode(out, aws.ToString(c.Prefix)))
+	for _, key := range l.folders {
+		name, folder, ok := source.Split(prefix, key)
 		if !ok || !folder {
 			hidden++
 			continue
@@ -147,28 +149,16 @@ func (s *Source) entries(prefix, after string, out *s3.ListObjectsV2Output) (all
 
 // lastKey is the After of what follows an answer: behind all keys of it, those that are
 // hidden included.
-func lastKey(prefix string, out *s3.ListObjectsV2Output) string {
+func lastKey(prefix string, l *listing) string {
 	last := ""
-	for _, c := range out.Contents {
-		last = max(last, strings.TrimPrefix(decode(out, aws.ToString(c.Key)), prefix))
+	for _, f := range l.files {
+		last = max(last, strings.TrimPrefix(f.key, prefix))
 	}
-	for _, c := range out.CommonPrefixes {
-		name := strings.TrimPrefix(decode(out, aws.ToString(c.Prefix)), prefix)
+	for _, key := range l.folders {
+		name := strings.TrimPrefix(key, prefix)
 		last = max(last, source.AfterName(strings.TrimSuffix(name, "/"), true))
 	}
 	return last
-}
-
-// decode undoes the encoding that was asked for, if the store says that it did it.
-func decode(out *s3.ListObjectsV2Output, s string) string {
-	if out.EncodingType != types.EncodingTypeUrl {
-		return s
-	}
-	plain, err := url.QueryUnescape(s)
-	if err != nil {
-		return s
-	}
-	return plain
 }
 
 // tokens remembers the continuation tokens of lists that are going on. Each is used once,

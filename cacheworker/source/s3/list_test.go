@@ -22,6 +22,12 @@ import (
 	"github.com/larderfs/larder/sanity/s3test"
 )
 
+func listingOf(out *s3.ListObjectsV2Output) *listing {
+	l := &listing{}
+	l.take(out)
+	return l
+}
+
 // versitygw keeps keys as paths, so the odd ones come from a made-up answer.
 func TestKeysThatNoPathCanExpressAreHidden(t *testing.T) {
 	out := &s3.ListObjectsV2Output{}
@@ -39,7 +45,7 @@ func TestKeysThatNoPathCanExpressAreHidden(t *testing.T) {
 	}
 	folder("d//")
 
-	entries, hidden := (&Source{store: "s"}).entries("d/", "", out)
+	entries, hidden := (&Source{store: "s"}).entries("d/", "", listingOf(out))
 	var got []string
 	for _, e := range entries {
 		got = append(got, e.key)
@@ -54,7 +60,7 @@ func TestKeysThatNoPathCanExpressAreHidden(t *testing.T) {
 	}
 	out.Contents = nil
 	file("d/", 1)
-	if _, hidden := (&Source{}).entries("d/", "", out); hidden != 8 {
+	if _, hidden := (&Source{}).entries("d/", "", listingOf(out)); hidden != 8 {
 		t.Errorf("a marker with content: %d hidden", hidden)
 	}
 }
@@ -63,13 +69,13 @@ func TestKeysAreDecodedWhereTheStoreEncodedThem(t *testing.T) {
 	key := "d/a b+c%\n\x01é"
 	encoded := url.QueryEscape(key)
 	out := &s3.ListObjectsV2Output{Contents: []types.Object{{Key: &encoded, ETag: aws.String("e")}}, EncodingType: types.EncodingTypeUrl}
-	entries, _ := (&Source{}).entries("d/", "", out)
+	entries, _ := (&Source{}).entries("d/", "", listingOf(out))
 	if len(entries) != 1 || entries[0].obj.Key != key {
 		t.Errorf("%+v", entries)
 	}
 	out.EncodingType = ""
 	out.Contents[0].Key = &key
-	if entries, _ = (&Source{}).entries("d/", "", out); len(entries) != 1 || entries[0].obj.Key != key {
+	if entries, _ = (&Source{}).entries("d/", "", listingOf(out)); len(entries) != 1 || entries[0].obj.Key != key {
 		t.Errorf("%+v", entries)
 	}
 }

@@ -249,14 +249,14 @@ func (s *Source) Head(ctx context.Context, key string) (object.Object, error) {
 	if out.ContentLength == nil || out.ETag == nil && out.LastModified == nil {
 		return object.Object{}, fmt.Errorf("head %s in %s: %w: the answer has no length or no version", key, s.where, object.ErrUnavailable)
 	}
-	return s.object(key, out.ETag, out.LastModified, *out.ContentLength), nil
+	return s.object(key, aws.ToString(out.ETag), aws.ToTime(out.LastModified), *out.ContentLength), nil
 }
 
 // object is one version of key. Times are cut to seconds, because HTTP has no finer ones and
 // a LIST has: one object would get two versions.
-func (s *Source) object(key string, etag *string, modified *time.Time, size int64) object.Object {
+func (s *Source) object(key, etag string, modified time.Time, size int64) object.Object {
 	o := object.Object{Store: s.store, Key: key, Version: version(etag, modified), Size: size}
-	if modified != nil {
+	if !modified.IsZero() {
 		o.ModTime = modified.UTC().Truncate(time.Second)
 	}
 	return o
@@ -265,12 +265,12 @@ func (s *Source) object(key string, etag *string, modified *time.Time, size int6
 const mtimePrefix = "mtime:"
 
 // version is the etag, or Last-Modified where there is none that If-Match could compare.
-func version(etag *string, modified *time.Time) string {
-	e := strings.Trim(aws.ToString(etag), `"`)
+func version(etag string, modified time.Time) string {
+	e := strings.Trim(etag, `"`)
 	if e != "" && !strings.HasPrefix(e, "W/") {
 		return e
 	}
-	if modified == nil {
+	if modified.IsZero() {
 		return ""
 	}
 	return mtimePrefix + strconv.FormatInt(modified.Unix(), 10)
