@@ -202,6 +202,8 @@ func (m *Mount) readEntries(ctx context.Context, dir *node, s *dirStream, add ad
 func (m *Mount) fill(dir *node, s *dirStream, add adder) (added []*node) {
 	m.table.mu.Lock()
 	defer m.table.mu.Unlock()
+	m.table.gather()
+	defer m.table.flush()
 	for len(s.pending) > 0 {
 		e := s.pending[0]
 		n := m.enter(dir, e)
@@ -209,8 +211,7 @@ func (m *Mount) fill(dir *node, s *dirStream, add adder) (added []*node) {
 		if e.Folder {
 			ent.Mode = syscall.S_IFDIR
 		} else {
-			id := e.Object.ID()
-			ent.Ino = inode(id[:])
+			ent.Ino = n.file.ino
 		}
 		if !add(ent, n, e.At) {
 			m.table.drop(n) // if it is new

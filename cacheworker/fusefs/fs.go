@@ -12,6 +12,7 @@ package fusefs
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"log/slog"
 	"os"
@@ -282,12 +283,15 @@ func (m *Mount) enter(parent *node, e metadata.Entry) *node {
 	if e.Folder {
 		return m.table.folder(parent, e.Name)
 	}
-	return m.table.incarnation(parent, e.Object, e.Name, m.wantedMode(e.Object), e.At, m.usable)
+	id := e.Object.ID()
+	n := m.table.incarnation(parent, e.Object, e.Name, m.wantedMode(id), e.At, m.usable)
+	n.file.ino = inode(id)
+	return n
 }
 
 // wantedMode is passthrough for what can be passed through now.
-func (m *Mount) wantedMode(obj object.Object) mode {
-	if m.pass.Load() && m.data.Load().Peek(obj.ID()).Complete {
+func (m *Mount) wantedMode(id object.ID) mode {
+	if m.pass.Load() && m.data.Load().Peek(id).Complete {
 		return passthrough
 	}
 	return cached
@@ -322,8 +326,9 @@ func (m *Mount) attr(n *node, a *fuse.Attr) {
 		a.Blocks = (a.Size + 511) / 512
 		mtime := time.Unix(0, n.file.mtime)
 		a.SetTimes(nil, &mtime, &mtime)
-		id := m.table.objectOf(n).ID()
-		a.Ino = inode(id[:])
+		if a.Ino = n.file.ino; a.Ino == 0 { // it was read from the log
+			a.Ino = inode(m.table.objectOf(n).ID())
+		}
 	case socketKind:
 		a.Mode = syscall.S_IFSOCK | 0o666
 		a.Ino = n.id
@@ -339,12 +344,8 @@ func (m *Mount) attr(n *node, a *fuse.Attr) {
 }
 
 // inode makes a number from a hash: the same for the same object, and never one of a folder.
-func inode(h []byte) uint64 {
-	var n uint64
-	for _, b := range h[:8] {
-		n = n<<8 | uint64(b)
-	}
-	return n&(1<<63-1) | 1<<62
+func inode(id object.ID) uint64 {
+	return binary.BigEndian.Uint64(id[:])&(1<<63-1) | 1<<62
 }
 
 // GetAttr implements fuse.RawFileSystem.

@@ -91,7 +91,7 @@ func (m *Mount) check(ctx context.Context, n *node, thread uint32) error {
 	told, again := m.told[thread]
 	delete(m.told, thread)
 	switch {
-	case !n.file.stale && (n.file.mode == m.wantedMode(m.table.objectOf(n)) || m.usable(n.file)):
+	case !n.file.stale && (n.file.mode == m.wantedMode(m.table.objectOf(n).ID()) || m.usable(n.file)):
 		return nil
 	case again && (!n.file.gone || told != n.id && looked):
 		return nil

@@ -67,6 +67,7 @@ type file struct {
 	mode    mode
 
 	// Guarded by the mutex of the table.
+	ino     uint64       // see inode; 0 until it is asked for
 	looked  bool         // the kernel has looked it up since the last open
 	stale   bool         // another node is opened instead: the name leads elsewhere, or the mode has had its time
 	gone    bool         // the name leads to another object, or to nothing
@@ -98,10 +99,12 @@ type table struct {
 	replayed *node // the last one of them; it may have gone
 	told     int64 // bytes that tell of them: what is alive, at most
 
-	log     *os.File
-	end     int64 // of the log
-	foreign bool  // an earlier worker may still append to it: this one must not
-	scratch []byte
+	log       *os.File
+	end       int64 // of the log
+	foreign   bool  // an earlier worker may still append to it: this one must not
+	scratch   []byte
+	gathering bool   // records are not written yet
+	gathered  []byte // those
 
 	limit      int64    // of end, where the log is to be compacted
 	grown      func()   // called once with mu held when end is beyond it; has compaction done
@@ -154,7 +157,8 @@ func (t *table) folder(parent *node, name string) *node {
 		return n
 	}
 	n.supersede(true)
-	n = &node{id: t.newID(), parent: parent, name: name, key: parent.key + name + "/", kind: dirKind}
+	key := parent.key + name + "/"
+	n = &node{id: t.newID(), parent: parent, name: key[len(parent.key) : len(key)-1], key: key, kind: dirKind}
 	t.add(n)
 	t.append(nodeRecord(t.scratch[:0], n))
 	return n
@@ -170,8 +174,13 @@ func (t *table) incarnation(parent *node, obj object.Object, name string, want m
 		return n
 	}
 	n.supersede(!same)
-	n = &node{id: t.newID(), parent: parent, name: name, kind: fileKind,
-		file: &file{version: obj.Version, size: obj.Size, mtime: obj.ModTime.UnixNano(), mode: want, checked: now}}
+	text := name + obj.Version // of their own: those at hand are pieces of all that a LIST said
+	fn := &fileNode{
+		node: node{id: t.newID(), parent: parent, name: text[:len(name)], kind: fileKind},
+		f:    file{version: text[len(name):], size: obj.Size, mtime: obj.ModTime.UnixNano(), mode: want, checked: now},
+	}
+	n = &fn.node
+	n.file = &fn.f
 	t.add(n)
 	t.append(nodeRecord(t.scratch[:0], n))
 	return n
@@ -322,10 +331,30 @@ func countRecord(b []byte, rec byte, id uint64, count uint32) []byte {
 	return seal(b, start)
 }
 
-// append writes records. The memfd is memory: an error means that there is none, and the
-// process would not live long either; the next worker then knows less.
+// gather has records wait for flush, so that they are written at once. The caller, who has t.mu, keeps it until then.
+func (t *table) gather() { t.gathering = true }
+
+func (t *table) flush() {
+	t.gathering = false
+	if len(t.gathered) > 0 {
+		t.write(t.gathered)
+	}
+	t.gathered = t.gathered[:0]
+}
+
+// append writes a record, which is made in t.scratch.
 func (t *table) append(b []byte) {
 	t.scratch = b
+	if t.gathering {
+		t.gathered = append(t.gathered, b...)
+		return
+	}
+	t.write(b)
+}
+
+// write writes records. The memfd is memory: an error means that there is none, and the
+// process would not live long either; the next worker then knows less.
+func (t *table) write(b []byte) {
 	if t.log == nil { // detached: it is another worker's now
 		return
 	}
