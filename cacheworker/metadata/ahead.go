@@ -62,6 +62,7 @@ type span struct {
 func (v *View) reading(dir, after string, a ask) {
 	if after == "" {
 		v.walking(dir, a)
+		v.t.begun = begun{dir, v.c.now()}
 		return
 	}
 	f := v.t.folders[dir]
@@ -283,6 +284,12 @@ func (s *scan) take(seg *segment, fresh int) {
 	}
 }
 
+// begun is the folder that was read last from its beginning.
+type begun struct {
+	dir string
+	at  time.Duration
+}
+
 // walk is how a folder's own folders are being read, one after the other.
 type walk struct {
 	n    int
@@ -306,6 +313,9 @@ func (v *View) walking(dir string, a ask) {
 	w.at = c.now()
 	if w.last != dir { // or many readers of one folder would look like one of many
 		w.n, w.last = w.n+1, dir
+	}
+	if b := v.t.begun; w.n == 1 && b.dir == parent.prefix && c.now()-b.at < walkGone && slices.Equal(parent.foldersBehind("", 1), []string{dir}) {
+		w.n = 2 // the parent was the last one read, and this is its first folder: that is how trees are read
 	}
 	if w.n < 2 {
 		return

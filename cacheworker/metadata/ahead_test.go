@@ -224,6 +224,28 @@ func TestTheFoldersOfATreeAreListedAhead(t *testing.T) {
 	})
 }
 
+// Who has read a folder and goes on with the first one in it reads a tree.
+func TestTheFirstFolderOfATreeIsNotReadAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, v := newWide(tree(100, 10))
+		read(t, v, "t/", time.Minute)
+		w.reset()
+		read(t, v, "t/day=000/", time.Minute)
+		if lists, most, _ := w.reset(); lists != 3 || most != 3 {
+			t.Errorf("%d LISTs, %d at once; want its own and two more", lists, most)
+		}
+		time.Sleep(2 * walkGone)
+		v.c.denied(v.t)
+		read(t, v, "t/", time.Minute)
+		time.Sleep(2 * walkGone)
+		w.reset()
+		read(t, v, "t/day=000/", time.Minute)
+		if lists, _, _ := w.reset(); lists != 1 {
+			t.Errorf("%d LISTs, later", lists)
+		}
+	})
+}
+
 // A reader of one folder, or of the beginning of many, pays for no guess.
 func TestNothingIsListedAheadForWhoReadsOnePage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

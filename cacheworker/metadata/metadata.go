@@ -83,6 +83,7 @@ type tableKey struct {
 type table struct {
 	tableKey
 	folders map[string]*folder // by prefix
+	begun   begun
 }
 
 // View reads one store as one principal. Views of the same store and principal share
