@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/larderfs/larder/cacheworker/cachestore"
+	"github.com/larderfs/larder/cacheworker/fill/parquet"
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/cacheworker/source"
 )
@@ -76,7 +77,7 @@ type Fills struct {
 	store  *cachestore.Store
 	budget *budget
 	bufs   buffers
-	wg     sync.WaitGroup // fetches, HEADs, completers
+	wg     sync.WaitGroup // fetches, HEADs, completers, learners
 
 	// writers holds one entry per Put under way. Bytes that arrive have the processors first:
 	// readers wait for them, and for the disk nobody does until the memory is used up.
@@ -98,9 +99,13 @@ type Fills struct {
 	through int       // open readers for which the cache has no room
 	grants  map[headKey]memoryGrant
 	refused map[refusal]time.Time
+	layouts map[object.ID]parquet.Layout
 	queue   []job
 	queued  map[object.ID]struct{}
 	workers int
+
+	layoutParts int           // in layouts
+	learners    chan struct{} // holds one entry per footer that is being looked into
 
 	completer func() // completes what is queued
 	stop      context.CancelFunc
@@ -150,6 +155,9 @@ func New(cfg Config, store *cachestore.Store) *Fills {
 		queued:  map[object.ID]struct{}{},
 		grants:  map[headKey]memoryGrant{},
 		refused: map[refusal]time.Time{},
+		layouts: map[object.ID]parquet.Layout{},
+
+		learners: make(chan struct{}, learners),
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	f.completer, f.stop = func() { f.work(ctx) }, stop

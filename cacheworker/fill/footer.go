@@ -2,31 +2,45 @@ package fill
 
 import (
 	"context"
-	"encoding/binary"
 
+	"github.com/larderfs/larder/cacheworker/fill/parquet"
 	"github.com/larderfs/larder/cacheworker/object"
 )
 
-// tail is what a Parquet file ends with: the length of its footer, then a word. Readers ask for
-// it first, and then for the footer.
-const tail = 8
+const (
+	maxFooter = 4 * mib // of a footer that is looked into
+	learners  = 4       // footers that are, at once
+	maxParts  = 1 << 18 // of the layouts that are remembered, 16 bytes each
+
+	// beyond is how far behind a column's part somebody may read who does not want the next one: the kernel reads
+	// ahead twice what it is told to.
+	beyond = 1 * mib
+
+	pageSize = 4096
+)
 
 // seeTail is told the bytes at the object's end when they are read first. Where they say how long a footer is, all of
 // it is asked for at once: the reader would do so piece by piece.
 func (r *Reader) seeTail(ctx context.Context, end []byte) {
-	if r.tailSeen.Swap(true) || len(end) < tail {
+	if len(end) < parquet.Tail || r.tailSeen.Swap(true) {
 		return
 	}
-	end = end[len(end)-tail:]
-	length := int64(binary.LittleEndian.Uint32(end))
-	if string(end[4:]) != "PAR1" {
+	length, ok := parquet.FooterLen(end[len(end)-parquet.Tail:])
+	if !ok {
 		return
 	}
 	r.columnar.Store(true)
-	if length > min(r.obj.Size-tail, r.f.cfg.MaxGetBytes) {
+	if length > min(r.obj.Size-parquet.Tail, r.f.cfg.MaxGetBytes) {
 		return
 	}
-	from, last := chunkAt(r.obj.Size-tail-length), chunkAt(r.obj.Size-1)
+	r.prefetchFooter(ctx, length)
+	if length <= maxFooter {
+		r.learn(ctx, length)
+	}
+}
+
+func (r *Reader) prefetchFooter(ctx context.Context, length int64) {
+	from, last := chunkAt(r.obj.Size-parquet.Tail-length), chunkAt(r.obj.Size-1)
 	if from == last {
 		return
 	}
@@ -40,4 +54,92 @@ func (r *Reader) seeTail(ctx context.Context, end []byte) {
 		defer l.release()
 	}
 	r.prefetch(ctx, l, max(from, last-int(r.f.cfg.MaxGetBytes/object.ChunkSize)), last)
+}
+
+// learn has the footer looked into beside the reader, until that is closed.
+func (r *Reader) learn(ctx context.Context, length int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	f := r.f
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, known := f.layouts[r.id]; known || f.closed || r.closed.Load() {
+		return
+	}
+	ctx, r.unlearn = context.WithCancel(context.WithoutCancel(ctx))
+	f.wg.Go(func() {
+		select {
+		case f.learners <- struct{}{}:
+			defer func() { <-f.learners }()
+		case <-ctx.Done():
+			return
+		}
+		own := f.Open(r.obj, r.src)
+		defer own.Close()
+		own.tailSeen.Store(true)
+		if err := own.readFooter(ctx, length); err != nil {
+			f.cfg.Log.Debug("look into a footer", "object", r.obj, "err", err)
+		}
+	})
+}
+
+func (r *Reader) readFooter(ctx context.Context, length int64) error {
+	footer := make([]byte, length)
+	from := r.obj.Size - parquet.Tail - length
+	if _, err := r.ReadAt(ctx, footer, from); err != nil {
+		return err
+	}
+	parts, err := parquet.Parse(footer, from)
+	if err != nil {
+		return err
+	}
+	r.f.rememberLayout(r.id, parts)
+	return nil
+}
+
+// rememberLayout keeps a layout, in place of some others if there are too many.
+func (f *Fills) rememberLayout(id object.ID, parts parquet.Layout) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, known := f.layouts[id]; known || len(parts) == 0 {
+		return
+	}
+	f.layoutParts += len(parts)
+	for k, l := range f.layouts {
+		if f.layoutParts <= maxParts {
+			break
+		}
+		f.layoutParts -= len(l)
+		delete(f.layouts, k)
+	}
+	f.layouts[id] = parts
+}
+
+// layout is what is known of the object's columns. Requires r.mu.
+func (r *Reader) layout() parquet.Layout {
+	if r.parts == nil && (!r.looked || r.columnar.Load()) {
+		r.looked = true
+		r.f.mu.Lock()
+		r.parts = r.f.layouts[r.id]
+		r.f.mu.Unlock()
+		if r.parts != nil {
+			r.columnar.Store(true)
+		}
+	}
+	return r.parts
+}
+
+// within notes which column's part the stream reads, and how far that goes.
+func (st *stream) within(parts parquet.Layout, off int64) {
+	p, ok := parts.Begins(off, pageSize)
+	if off < st.until { // the end of the part before it is in that page, too
+		p, ok = parquet.Part{}, false
+	}
+	if !ok && st.until == 0 {
+		if p, ok = parts.At(st.start); !ok {
+			p.End = st.start
+		}
+	}
+	st.until = max(st.until, p.End)
+	st.sure = st.sure || ok && st.start&^(pageSize-1) == p.Start&^(pageSize-1)
 }

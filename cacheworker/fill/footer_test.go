@@ -2,8 +2,12 @@ package fill
 
 import (
 	"encoding/binary"
+	"fmt"
 	"testing"
 	"testing/synctest"
+
+	"github.com/larderfs/larder/cacheworker/fill/parquet"
+	"github.com/larderfs/larder/cacheworker/object"
 )
 
 func TestAFooterTakesTwoRequests(t *testing.T) {
@@ -58,4 +62,100 @@ func TestAColumnOfAParquetFileIsNotReadBeyond(t *testing.T) {
 			})
 		})
 	}
+}
+
+// parquetFile is a file with these parts of columns, as one row group.
+func parquetFile(size int, parts ...parquet.Part) []byte {
+	meta := []byte{0x49, 0x1c, 0x19, byte(len(parts))<<4 | 0x0c} // row_groups: 1, columns
+	for _, p := range parts {
+		meta = append(meta, 0x3c, 0x76) // meta_data, total_compressed_size
+		meta = binary.AppendVarint(meta, p.End-p.Start)
+		meta = append(meta, 0x26) // data_page_offset
+		meta = binary.AppendVarint(meta, p.Start)
+		meta = append(meta, 0, 0)
+	}
+	meta = append(meta, 0, 0)
+	data := content(1, size)
+	copy(data[size-8-len(meta):], append(binary.LittleEndian.AppendUint32(meta, uint32(len(meta))), "PAR1"...))
+	return data
+}
+
+// TestOnlyColumnsThatAreReadAreFetched reads two of four columns as the kernel does for a reader of whole columns: in pieces
+// of 256 KiB, and 512 KiB beyond the end.
+func TestOnlyColumnsThatAreReadAreFetched(t *testing.T) {
+	const step = 256 << 10
+	parts := []parquet.Part{{4, mib / 2}, {mib / 2, 9*mib + 100}, {9*mib + 100, 20 * mib}, {20 * mib, 30*mib + mib/2}}
+	data := parquetFile(40*mib, parts...)
+	column := func(w *world, r *Reader, p parquet.Part) {
+		t.Helper()
+		for off := p.Start &^ 4095; off < p.End+2*step; off += step {
+			w.read(r, data, off, step)
+			synctest.Wait()
+		}
+	}
+	bubble(t, Config{}, func(t *testing.T, w *world) {
+		obj := w.store.Put("a", data)
+		r := w.open(obj, "alice")
+		w.read(r, data, 40*mib-4096, 4096)
+		w.want("[39+1]", 0)
+		w.read(r, data, parts[1].Start, step) // all of it is known to be wanted, and asked for as far as the window goes
+		w.want("[0+1 1+2 3+2 5+1]", 0)
+		column(w, r, parts[1])
+		w.want("[6+2 8+1 9+1]", 0)
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+		r = w.open(obj, "alice") // does not read the footer, as who has read it before
+		defer r.Close()
+		column(w, r, parts[3])
+		synctest.Wait()
+		gets, _ := w.asked()
+		got := map[int]int{}
+		for _, g := range gets {
+			var first, n int
+			if _, err := fmt.Sscanf(g, "%d+%d", &first, &n); err != nil {
+				t.Fatal(err)
+			}
+			for i := range n {
+				got[first+i]++
+			}
+		}
+		for i := range 40 {
+			if want := i >= 20 && i <= 30; got[i] != 0 != want || got[i] > 1 {
+				t.Errorf("chunk %d was fetched %d times by %v", i, got[i], gets)
+			}
+		}
+	})
+}
+
+// TestAllColumnsInARowAreReadAhead: who goes on over the ends of columns is not kept waiting at each of them.
+func TestAllColumnsInARowAreReadAhead(t *testing.T) {
+	var parts []parquet.Part
+	for i := range int64(10) {
+		parts = append(parts, parquet.Part{Start: mib + i*mib/2 + i, End: mib + (i+1)*mib/2 + i + 1})
+	}
+	data := parquetFile(40*mib, parts...)
+	bubble(t, Config{}, func(t *testing.T, w *world) {
+		r := w.open(w.store.Put("a", data), "alice")
+		defer r.Close()
+		w.read(r, data, 40*mib-4096, 4096)
+		synctest.Wait()
+		w.sequence(r, mib, 5*mib)
+		synctest.Wait()
+		if s := w.fills.Stats(); s.AheadBytes == 0 {
+			t.Error("nothing was read ahead")
+		}
+	})
+}
+
+func TestLayoutsAreBounded(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, w *world) {
+		long := make(parquet.Layout, maxParts/3)
+		for i := range 10 {
+			w.fills.rememberLayout(object.ID{byte(i)}, long)
+		}
+		if n, parts := len(w.fills.layouts), w.fills.layoutParts; n != 3 || parts != 3*len(long) {
+			t.Errorf("%d layouts of %d parts are remembered", n, parts)
+		}
+	})
 }

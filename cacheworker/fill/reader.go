@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/larderfs/larder/cacheworker/cachestore"
+	"github.com/larderfs/larder/cacheworker/fill/parquet"
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/cacheworker/source"
 )
@@ -30,7 +31,7 @@ type Reader struct {
 	whole   atomic.Bool // see Whole
 
 	tailSeen atomic.Bool // the object's last bytes were read
-	columnar atomic.Bool // they are Parquet's: rows of reads are as long as a column's part, so no more is read ahead than was read
+	columnar atomic.Bool // they are Parquet's: rows of reads are as long as a column's part. Where that ends is in parts; until then no more is read ahead than was read
 	closed   atomic.Bool
 	opening  sync.Mutex // one opens the lease; held across its I/O
 
@@ -38,6 +39,9 @@ type Reader struct {
 	streams streams
 	ahead   []*chunk // what was asked for by read-ahead and was not here when last looked at
 	rest    int      // readRest has asked for all chunks below
+	parts   parquet.Layout
+	looked  bool   // for parts
+	unlearn func() // ends the look into the footer; may be nil
 
 	aheadBytes int64 // of them, not here; guarded by Fills.mu
 }
@@ -154,6 +158,9 @@ func (r *Reader) Close() error {
 	r.mu.Lock()
 	left := r.ahead
 	r.ahead = nil
+	if r.unlearn != nil {
+		r.unlearn()
+	}
 	r.mu.Unlock()
 
 	f := r.f
@@ -471,6 +478,10 @@ func (r *Reader) readAhead(ctx context.Context, off int64, n int) {
 		return
 	}
 	st := r.streams.note(off, n, time.Now())
+	parts := r.layout()
+	if parts != nil {
+		st.within(parts, off)
+	}
 	if !st.sequential() {
 		return
 	}
@@ -478,11 +489,14 @@ func (r *Reader) readAhead(ctx context.Context, off int64, n int) {
 	if l != nil {
 		defer l.release()
 	}
-	window := r.window(st.rate)
-	if r.columnar.Load() {
+	window, chunks := r.window(st.rate), r.obj.Chunks()
+	switch {
+	case parts != nil && st.end <= st.until+beyond:
+		chunks = chunkAt(st.until + object.ChunkSize - 1)
+	case r.columnar.Load():
 		window = min(window, st.run)
 	}
-	from, to, get := st.next(r.obj.Chunks(), window, f.cfg.MaxGetBytes)
+	from, to, get := st.next(chunks, window, f.cfg.MaxGetBytes)
 	for from < to {
 		end := min(to, from+get)
 		if !r.prefetch(ctx, l, from, end) {

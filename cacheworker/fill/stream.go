@@ -25,6 +25,8 @@ type stream struct {
 	ahead   int   // chunks below this were asked for
 	hope    int64 // how long it may become: as the others in the file
 	used    uint64
+	until   int64 // where the column's part ends that is read; 0 if that is not known
+	sure    bool  // the stream began where the part does
 
 	rate  float64 // bytes a second that it goes forward
 	from  int64   // where end was at since
@@ -104,9 +106,9 @@ func (s *streams) fresh() *stream {
 }
 
 // sequential reports whether reading ahead is worth it. Who begins with a long read is believed at once at the
-// beginning of the file, and where earlier streams were long.
+// beginning of the file or of a column, and where earlier streams were long.
 func (st *stream) sequential() bool {
-	sure := st.reads >= 2 || st.start == 0 || st.hope >= minLong
+	sure := st.sure || st.reads >= 2 || st.start == 0 || st.hope >= minLong
 	return sure && st.run >= minStreamRead && st.skipped <= st.run/2
 }
 
