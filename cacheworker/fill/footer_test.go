@@ -66,7 +66,8 @@ func TestAColumnOfAParquetFileIsNotReadBeyond(t *testing.T) {
 
 // parquetFile is a file with these parts of columns, as one row group.
 func parquetFile(size int, parts ...parquet.Part) []byte {
-	meta := []byte{0x49, 0x1c, 0x19, byte(len(parts))<<4 | 0x0c} // row_groups: 1, columns
+	meta := []byte{0x49, 0x1c, 0x19, 0xfc} // row_groups: 1, columns: so many
+	meta = binary.AppendUvarint(meta, uint64(len(parts)))
 	for _, p := range parts {
 		meta = append(meta, 0x3c, 0x76) // meta_data, total_compressed_size
 		meta = binary.AppendVarint(meta, p.End-p.Start)
@@ -131,8 +132,8 @@ func TestOnlyColumnsThatAreReadAreFetched(t *testing.T) {
 // TestAllColumnsInARowAreReadAhead: who goes on over the ends of columns is not kept waiting at each of them.
 func TestAllColumnsInARowAreReadAhead(t *testing.T) {
 	var parts []parquet.Part
-	for i := range int64(10) {
-		parts = append(parts, parquet.Part{Start: mib + i*mib/2 + i, End: mib + (i+1)*mib/2 + i + 1})
+	for i := range int64(40) {
+		parts = append(parts, parquet.Part{Start: 10*mib + i*mib/2 + i, End: 10*mib + (i+1)*mib/2 + i + 1})
 	}
 	data := parquetFile(40*mib, parts...)
 	bubble(t, Config{}, func(t *testing.T, w *world) {
@@ -140,7 +141,7 @@ func TestAllColumnsInARowAreReadAhead(t *testing.T) {
 		defer r.Close()
 		w.read(r, data, 40*mib-4096, 4096)
 		synctest.Wait()
-		w.sequence(r, mib, 5*mib)
+		w.sequence(r, 10*mib, 10*mib)
 		synctest.Wait()
 		if s := w.fills.Stats(); s.AheadBytes == 0 {
 			t.Error("nothing was read ahead")
