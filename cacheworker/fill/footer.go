@@ -16,6 +16,8 @@ const (
 	// ahead twice what it is told to.
 	beyond = 1 * mib
 
+	maxInARow = 4 // columns, until it is believed that all are read
+
 	pageSize = 4096
 )
 
@@ -129,17 +131,26 @@ func (r *Reader) layout() parquet.Layout {
 	return r.parts
 }
 
-// within notes which column's part the stream reads, and how far that goes.
+// within notes which column's part the stream surely reads, and how far that goes.
 func (st *stream) within(parts parquet.Layout, off int64) {
 	p, ok := parts.Begins(off, pageSize)
-	if off < st.until { // the end of the part before it is in that page, too
-		p, ok = parquet.Part{}, false
-	}
-	if !ok && st.until == 0 {
+	switch {
+	case ok && off >= st.until: // else the end of the part before it is in that page, too
+	case st.until != 0:
+		p, _ = parts.At(st.end - beyond)
+	default:
 		if p, ok = parts.At(st.start); !ok {
 			p.End = st.start
 		}
 	}
-	st.until = max(st.until, p.End)
+	if p.End > st.until {
+		st.until = p.End
+		st.parts++
+	}
 	st.sure = st.sure || ok && st.start&^(pageSize-1) == p.Start&^(pageSize-1)
+}
+
+// ends is where read-ahead has to end; ok is false if the stream goes on over the ends of columns.
+func (st *stream) ends(parts parquet.Layout) (end int64, ok bool) {
+	return st.until, parts != nil && st.parts <= maxInARow
 }

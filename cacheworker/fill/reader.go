@@ -490,10 +490,9 @@ func (r *Reader) readAhead(ctx context.Context, off int64, n int) {
 		defer l.release()
 	}
 	window, chunks := r.window(st.rate), r.obj.Chunks()
-	switch {
-	case parts != nil && st.end <= st.until+beyond:
-		chunks = chunkAt(st.until + object.ChunkSize - 1)
-	case r.columnar.Load():
+	if end, ok := st.ends(parts); ok {
+		chunks = chunkAt(end + object.ChunkSize - 1)
+	} else if r.columnar.Load() {
 		window = min(window, st.run)
 	}
 	from, to, get := st.next(chunks, window, f.cfg.MaxGetBytes)

@@ -26,6 +26,7 @@ type stream struct {
 	hope    int64 // how long it may become: as the others in the file
 	used    uint64
 	until   int64 // where the column's part ends that is read; 0 if that is not known
+	parts   int   // of columns that it has read or begun, one behind the other
 	sure    bool  // the stream began where the part does
 
 	rate  float64 // bytes a second that it goes forward
