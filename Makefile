@@ -5,7 +5,7 @@ KILLS    ?= 1000
 VERSION  ?= 0.1.0
 IMAGE    ?= localhost/larder:$(VERSION)
 
-.PHONY: build image demo chaos faults test test-race test-one-cpu fuzz sanity bench test-deploy e2e e2e-up e2e-down lint generate check help
+.PHONY: build image demo chaos faults test test-race test-one-cpu fuzz sanity bench test-deploy e2e e2e-up e2e-down lint generate docs check help
 .DEFAULT_GOAL := build
 
 build: ## compile build/larder
@@ -68,6 +68,9 @@ lint: ## gofmt, vet, staticcheck, import direction, generated code, house rules
 generate: ## write the Go files of the .proto files, and the Helm chart from the kustomize base
 	go run ./sanity/protogen
 	cd deploy/helm && go run .
+
+docs: ## write cmd/larder/REFERENCE.md: flags, parameters, metrics, errnos and error codes, as the code has them
+	go test -count=1 ./cmd/larder -run TestReferenceIsAsTheCodeIs -rewrite
 
 check: lint test demo ## all that has to pass before a change lands
 

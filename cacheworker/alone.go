@@ -38,7 +38,9 @@ var errNotListening = errors.New("the socket is not there yet")
 // error: the pod's application would only find out later.
 func (w *Worker) serveAlone(ctx context.Context) error {
 	a := w.cfg.Alone
-	data, err := dataset.Open(a.Volume, w.deps())
+	meter := w.accounts.open(claimOf(a.Volume, nil))
+	defer meter.close()
+	data, err := dataset.Open(a.Volume, w.deps(meter))
 	if err == nil {
 		err = data.Check(ctx)
 	}
@@ -54,7 +56,7 @@ func (w *Worker) serveAlone(ctx context.Context) error {
 	w.listening.Store(true)
 	w.log.Info("serving a volume alone", "source", a.Volume.Source, "socket", path)
 	return domainsocket.New(domainsocket.Config{
-		Volume: socketVolume{w.mounts, &held{data: data, volume: a.Volume}}, Log: w.log,
+		Volume: socketVolume{w.mounts, &held{data: data, volume: a.Volume}}, Counters: &w.sockets, Log: w.log,
 	}).Serve(ctx, l)
 }
 

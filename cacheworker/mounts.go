@@ -42,6 +42,7 @@ type mounts struct {
 type held struct {
 	*fusefs.Served
 	data     *dataset.Dataset // replaced, under mounts.mu, with new credentials
+	meter    *meter
 	volume   brokerwire.Volume
 	since    time.Time
 	listener *os.File // this process's own description of the domain socket's descriptor
@@ -249,7 +250,14 @@ func (ms *mounts) adopt(rctx context.Context, m brokerwire.Message, files []*os.
 	if err != nil {
 		return err
 	}
-	data, err := dataset.Open(st.Volume, ms.w.deps())
+	meter := ms.w.accounts.open(claimOf(st.Volume, ms.w.users.podsOf(m.Mount)))
+	adopted := false
+	defer func() {
+		if !adopted {
+			meter.close()
+		}
+	}()
+	data, err := dataset.Open(st.Volume, ms.w.deps(meter))
 	if err == nil && m.Fresh {
 		err = data.Check(rctx)
 	}
@@ -259,7 +267,7 @@ func (ms *mounts) adopt(rctx context.Context, m brokerwire.Message, files []*os.
 	f := ms.w.cfg.Features
 	init := files[2]
 	files[2] = nil
-	adopted, err := fusefs.Adopt(fusefs.Config{
+	served, err := fusefs.Adopt(fusefs.Config{
 		Volume: st.Volume, Dataset: data, Broker: ms, Counters: &ms.w.counters, Log: ms.w.log,
 		Features: fusefs.Features{Passthrough: !f.NoPassthrough && ms.w.cfg.ViewDir != "", Resend: !f.NoResend, Splice: !f.NoSplice},
 	}, files[0], files[1], init, m.Fresh, ms.w.store.UUID().String())
@@ -267,7 +275,8 @@ func (ms *mounts) adopt(rctx context.Context, m brokerwire.Message, files []*os.
 		return err
 	}
 	files[0], files[1] = nil, nil
-	h := &held{Served: adopted, data: data, volume: st.Volume, stop: func() {}, fresh: m.Fresh, adopting: time.Since(began)}
+	adopted = true
+	h := &held{Served: served, data: data, meter: meter, volume: st.Volume, stop: func() {}, fresh: m.Fresh, adopting: time.Since(began)}
 	if len(files) == 4 {
 		h.listener, files[3] = files[3], nil
 	}
@@ -333,6 +342,7 @@ func (ms *mounts) serveFed(ctx context.Context) {
 func (h *held) end() {
 	h.stop()
 	h.End()
+	h.meter.close()
 	if h.listener != nil {
 		h.listener.Close()
 	}
@@ -374,7 +384,7 @@ func (ms *mounts) listen(ctx context.Context, h *held, l *os.File) error {
 		oldStop()
 		old.Close()
 	}
-	srv := domainsocket.New(domainsocket.Config{Volume: socketVolume{ms, h}, Log: ms.w.log})
+	srv := domainsocket.New(domainsocket.Config{Volume: socketVolume{ms, h}, Counters: &ms.w.sockets, Log: ms.w.log})
 	ms.serving.Go(func() {
 		if err := srv.Serve(ctx, ul); err != nil {
 			ms.w.log.Error("domain socket", "volume", h.volume.ID, "err", err)
@@ -394,7 +404,7 @@ func (ms *mounts) reload(id string) error {
 	if err != nil {
 		return err
 	}
-	data, err := dataset.Open(st.Volume, ms.w.deps())
+	data, err := dataset.Open(st.Volume, ms.w.deps(h.meter))
 	if err != nil {
 		return err
 	}
@@ -449,6 +459,15 @@ func (ms *mounts) detach() {
 		}
 	}
 	ms.serving.Wait()
+}
+
+// name has the volumes counted for whom they are published to.
+func (ms *mounts) name() {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	for id, h := range ms.held {
+		h.meter.name(claimOf(h.volume, ms.w.users.podsOf(id)))
+	}
 }
 
 func (ms *mounts) evicted(id object.ID) {

@@ -26,6 +26,7 @@ type sources struct {
 	transports map[refusals]http.RoundTripper
 	guards     map[string]*source.Guard // by the store's address, whoever asks it for which bucket
 	root       source.Source
+	gone       source.GuardStats // of guards that are not in the map any more
 }
 
 // transport is for an administrator's volume, or for one whose attributes a user wrote: that
@@ -57,10 +58,29 @@ func (s *sources) guard(v brokerwire.Volume) (*source.Guard, error) {
 		return g, nil
 	}
 	if s.guards == nil || len(s.guards) >= maxSources {
+		for _, g := range s.guards {
+			st := g.Stats()
+			s.gone.Trips, s.gone.Retries = s.gone.Trips+st.Trips, s.gone.Retries+st.Retries
+		}
 		s.guards = map[string]*source.Guard{}
 	}
 	s.guards[host] = source.NewGuard(source.GuardConfig{Store: host, Log: s.cfg.Log})
 	return s.guards[host], nil
+}
+
+// guardStats are those of all stores together; shut is how many of them are left alone now.
+func (s *sources) guardStats() (sum source.GuardStats, shut int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	sum = s.gone
+	for _, g := range s.guards {
+		st := g.Stats()
+		sum.Trips, sum.Retries, sum.Waiting = sum.Trips+st.Trips, sum.Retries+st.Retries, sum.Waiting+st.Waiting
+		if st.Shut {
+			shut++
+		}
+	}
+	return sum, shut
 }
 
 type refusals struct{ linkLocal, loopback bool }

@@ -29,6 +29,9 @@ func (c control) Users(_ context.Context, req *workerpb.UsersRequest) (*workerpb
 		}
 	}
 	c.w.users.set(pods)
+	if ms := c.w.serving.Load(); ms != nil {
+		ms.name()
+	}
 	return &workerpb.UsersReply{}, nil
 }
 
@@ -44,6 +47,13 @@ func (u *users) set(pods map[string][]client.Pod) {
 	case u.changed <- struct{}{}:
 	default:
 	}
+}
+
+// podsOf are those that a volume is published to.
+func (u *users) podsOf(volume string) []client.Pod {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.pods[volume]
 }
 
 // of adds the pods to volumes.

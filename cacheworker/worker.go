@@ -19,17 +19,18 @@ import (
 	"strings"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/cachestore"
 	"github.com/larderfs/larder/cacheworker/dataset"
+	"github.com/larderfs/larder/cacheworker/domainsocket"
 	"github.com/larderfs/larder/cacheworker/fill"
 	"github.com/larderfs/larder/cacheworker/fusefs"
 	"github.com/larderfs/larder/cacheworker/metadata"
 	"github.com/larderfs/larder/cacheworker/source"
+	"github.com/larderfs/larder/cacheworker/telemetry"
 	"github.com/larderfs/larder/master/client"
 )
 
@@ -48,6 +49,7 @@ type Config struct {
 	BrokerSocket  string // path
 	ControlSocket string // path of its own gRPC socket
 	MetricsListen string // "host:port" or "unix:///path"; "" for none
+	Profiles      string // of pprof, likewise; on this machine only
 	Master        string // "unix:///path" or "host:port", several with commas between; "" for none
 	Listen        string // "host:port", where masters ask what is cached; "" for none
 	Advertise     string // IP address for that, if Listen names none; "" for the one towards the master
@@ -101,6 +103,9 @@ func (c Config) Validate() error {
 	if c.MemoryBytes < 0 || c.MemoryBytes > 0 && c.MemoryBytes < minMemory {
 		errs = append(errs, fmt.Errorf("memory: %d bytes are not enough: want at least 64MiB", c.MemoryBytes))
 	}
+	if err := telemetry.CheckLocal(c.Profiles); c.Profiles != "" && err != nil {
+		errs = append(errs, fmt.Errorf("pprof: %w", err))
+	}
 	if c.CapacityBytes < 0 || c.MinFreeBytes < 0 || c.MinFreeInodes < 0 {
 		errs = append(errs, errors.New("tier: capacity and what is kept free are not negative"))
 	}
@@ -118,6 +123,8 @@ type Worker struct {
 	started  time.Time
 	requests source.Counter
 	counters fusefs.Counters
+	sockets  domainsocket.Counters
+	accounts *accounts
 
 	store    *cachestore.Store
 	metadata *metadata.Cache
@@ -134,7 +141,7 @@ func New(cfg Config) (*Worker, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	return &Worker{cfg: cfg, log: cfg.Log, started: time.Now(), users: newUsers(), handover: newHandover()}, nil
+	return &Worker{cfg: cfg, log: cfg.Log, started: time.Now(), accounts: newAccounts(maxAccounts), users: newUsers(), handover: newHandover()}, nil
 }
 
 // Run serves until ctx ends. It leaves the mounts to the broker: their readers wait for the
@@ -206,7 +213,7 @@ func (w *Worker) run(ctx context.Context) (err error) {
 		return errors.Join(err, control.Close())
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	w.beside(ctx, g, w.serveMetrics, w.reportToMaster, w.serveNetwork)
+	w.beside(ctx, g, w.serveMetrics, w.serveProfiles, w.reportToMaster, w.serveNetwork)
 	if w.cfg.Alone != nil {
 		g.Go(func() error { return w.serveAlone(ctx) })
 	} else {
@@ -237,21 +244,9 @@ func cpuTime() time.Duration {
 	return time.Duration(t.Nano())
 }
 
-func (w *Worker) deps() dataset.Deps {
-	return dataset.Deps{Sources: w.sources, Metadata: w.metadata, Fills: w.fills, Store: w.store}
-}
-
-func (w *Worker) serveMetrics(ctx context.Context) error {
-	if w.cfg.MetricsListen == "" {
-		return nil
-	}
-	reg := prometheus.NewRegistry()
-	reg.MustRegister(collector{w})
-	ready := w.mounts.ready
-	if w.cfg.Alone != nil {
-		ready = w.readyAlone
-	}
-	return ServeMetrics(ctx, w.cfg.MetricsListen, reg, Probes{Ready: ready})
+// deps are of the dataset of a volume that is counted by m.
+func (w *Worker) deps(m *meter) dataset.Deps {
+	return dataset.Deps{Sources: w.sources, Metadata: w.metadata, Fills: w.fills, Store: w.store, Usage: m.usage}
 }
 
 func (w *Worker) reportToMaster(ctx context.Context) error {

@@ -24,6 +24,7 @@ import (
 type calls struct {
 	log     *slog.Logger
 	timeout time.Duration
+	*counters
 }
 
 func (c calls) serve(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (resp any, err error) {
@@ -33,11 +34,14 @@ func (c calls) serve(ctx context.Context, req any, info *grpc.UnaryServerInfo, h
 		defer cancel()
 	}
 	start, method := time.Now(), path.Base(info.FullMethod)
+	c.inFlight.Add(1)
+	defer c.inFlight.Add(-1)
 	defer func() {
 		if p := recover(); p != nil {
 			c.log.Error("panic in a call", "method", method, "panic", p, "stack", string(debug.Stack()))
 			resp, err = nil, status.Errorf(codes.Internal, "%s panicked; see the log", method)
 		}
+		c.took.With(method, status.Code(err).String()).Since(start)
 		c.done(ctx, method, req, err, time.Since(start))
 	}()
 	resp, err = handle(ctx, req)

@@ -89,7 +89,21 @@ func (c *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	case err != nil:
 		return nil, fmt.Errorf("create volume %s: %w", quote(req.GetName()), err)
 	}
-	return &csi.CreateVolumeResponse{Volume: toCSI(v)}, nil
+	out := toCSI(v)
+	out.VolumeContext = withClaim(out.VolumeContext, req.GetParameters())
+	return &csi.CreateVolumeResponse{Volume: out}, nil
+}
+
+// withClaim adds whose volume it is, which is no parameter of the volume: the master does not know it.
+func withClaim(volumeContext, parameters map[string]string) map[string]string {
+	out := map[string]string{}
+	maps.Copy(out, volumeContext)
+	for _, k := range []string{keyClaimNamespace, keyClaimName} {
+		if v := parameters[k]; v != "" {
+			out[k] = v
+		}
+	}
+	return out
 }
 
 // parse is for the parameters of StorageClasses.

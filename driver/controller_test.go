@@ -38,13 +38,15 @@ func topology(nodes ...string) (ts []*csi.Topology) {
 func TestTheContextIsAllThatANodeNeeds(t *testing.T) {
 	b := start(t)
 	v, err := b.create(t, "pvc-1", func(r *csi.CreateVolumeRequest) {
-		r.Parameters = attrs{"source": "s3://bkt/x/", "endpoint": "http://minio:9000", "uid": "7", "csi.storage.k8s.io/pvc/name": "claim"}
+		r.Parameters = attrs{"source": "s3://bkt/x/", "endpoint": "http://minio:9000", "uid": "7",
+			"csi.storage.k8s.io/pvc/name": "claim", "csi.storage.k8s.io/pvc/namespace": "sales", "csi.storage.k8s.io/pv/name": "pvc-1"}
 		r.Secrets = secret("create")
 	})
 	must(t, err)
 	want := attrs{
 		"source": "s3://bkt/x", "endpoint": "http://minio:9000", "pathStyle": "true", "layout": "full", "freshness": "1m0s", "complete": "auto",
 		"binding": "shared", "uid": "7", "gid": "0", "fileMode": "0444", "dirMode": "0555",
+		"csi.storage.k8s.io/pvc/name": "claim", "csi.storage.k8s.io/pvc/namespace": "sales",
 	}
 	if !maps.Equal(v.VolumeContext, want) {
 		t.Errorf("context %v", v.VolumeContext)
@@ -54,7 +56,8 @@ func TestTheContextIsAllThatANodeNeeds(t *testing.T) {
 		r.VolumeContext["storage.kubernetes.io/csiProvisionerIdentity"] = "1-2-x"
 	}))
 	held, err := b.broker.Mounts(t.Context())
-	if err != nil || held[0].Volume.Endpoint != "http://minio:9000" || held[0].Volume.UID != 7 {
+	if err != nil || held[0].Volume.Endpoint != "http://minio:9000" || held[0].Volume.UID != 7 ||
+		held[0].Volume.Namespace != "sales" || held[0].Volume.Claim != "claim" {
 		t.Errorf("staged %+v, %v", held, err)
 	}
 	_, err = b.NodeUnstageVolume(t.Context(), &csi.NodeUnstageVolumeRequest{VolumeId: v.VolumeId, StagingTargetPath: b.path("stage")})

@@ -71,6 +71,24 @@ func podOf(attrs map[string]string) (p Pod, ok bool) {
 	return p, uidShape.MatchString(p.UID) && nameShape.MatchString(p.Namespace) && nameShape.MatchString(p.Name)
 }
 
+// What the external-provisioner says of the claim (--extra-create-metadata): the controller puts it into the volume_context.
+const (
+	keyClaimNamespace = "csi.storage.k8s.io/pvc/namespace"
+	keyClaimName      = "csi.storage.k8s.io/pvc/name"
+)
+
+// ownerOf is whose volume it is: of a claim, or, if a pod named it itself, of the pod's namespace; "" where nobody
+// says so, or what no Kubernetes could have.
+func ownerOf(attrs map[string]string, inline bool) (namespace, name string) {
+	if namespace, name = attrs[keyClaimNamespace], attrs[keyClaimName]; inline || namespace == "" {
+		namespace, name = attrs[keyPodNamespace], ""
+	}
+	if !nameShape.MatchString(namespace) || !nameShape.MatchString(name) {
+		return "", ""
+	}
+	return namespace, name
+}
+
 const (
 	defaultFreshness = time.Minute
 	defaultFileMode  = 0o444
@@ -146,6 +164,7 @@ func (r rules) parse(volumeID string, attrs, secrets map[string]string) (request
 		DirMode:   p.mode(keyDirMode, defaultDirMode),
 		Inline:    p.inline,
 	}}
+	q.Namespace, q.Claim = ownerOf(attrs, p.inline)
 	q.Endpoint = p.endpoint()
 	q.PathStyle = p.flag(keyPathStyle, q.Endpoint != "")
 	q.Binding = choice(&p, keyBinding, BindingShared, BindingNode)

@@ -97,6 +97,8 @@ type Server struct {
 	grpc   *grpc.Server
 	health *podHealth // nil for a controller, and without a kubelet
 	users  *users     // likewise
+
+	counters counters
 }
 
 // New checks the configuration and wires the services. volumes is for the controller,
@@ -119,11 +121,12 @@ func New(cfg Config, volumes Volumes, broker Broker, stats Stats) (*Server, erro
 	if err != nil {
 		return nil, err
 	}
-	calls := calls{log: cfg.Log, timeout: cfg.CallTimeout}
-	s := &Server{cfg: cfg, socket: socket, grpc: grpc.NewServer(
+	s := &Server{cfg: cfg, socket: socket}
+	calls := calls{log: cfg.Log, timeout: cfg.CallTimeout, counters: &s.counters}
+	s.grpc = grpc.NewServer(
 		grpc.UnaryInterceptor(calls.serve),
 		grpc.WaitForHandlers(true),
-	)}
+	)
 	csi.RegisterIdentityServer(s.grpc, identity{cfg: cfg})
 	if cfg.Controller {
 		csi.RegisterControllerServer(s.grpc, &controller{rules: rules, volumes: volumes})
@@ -157,7 +160,10 @@ func (s *Server) Run(ctx context.Context) error {
 }
 
 // Lost is called by who has given up mounts, or has found them dead, with their paths.
-func (s *Server) Lost(paths []string, why string) { s.health.lost(paths, why) }
+func (s *Server) Lost(paths []string, why string) {
+	s.counters.lost.Add(int64(len(paths)))
+	s.health.lost(paths, why)
+}
 
 func (s *Server) serve(ctx context.Context, l net.Listener) error {
 	stopped := make(chan struct{})

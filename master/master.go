@@ -15,11 +15,11 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/keepalive"
 
+	"github.com/larderfs/larder/cacheworker/telemetry"
 	"github.com/larderfs/larder/master/inventory"
 	"github.com/larderfs/larder/master/masterpb"
 	"github.com/larderfs/larder/master/registry"
@@ -88,9 +88,8 @@ func (m *Master) run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, st.Close()) }()
 	reg := registry.New(registry.Config{Etcd: st.client, Prefix: m.cfg.EtcdPrefix, Lease: m.cfg.WorkerLease, Forget: m.cfg.WorkerForget, Log: m.cfg.Log})
 
-	calls := newCallMetrics()
-	state := stateCollector{reg}
-	for _, c := range []prometheus.Collector{calls.total, calls.seconds, state} {
+	calls := &calls{}
+	for _, c := range []prometheus.Collector{collector(reg, calls), telemetry.Info("master", m.cfg.Version)} {
 		if err := m.cfg.Metrics.Register(c); err != nil {
 			return fmt.Errorf("metrics: %w", err)
 		}
@@ -114,7 +113,7 @@ func (m *Master) run(ctx context.Context) (err error) {
 	return g.Wait()
 }
 
-func (m *Master) serveGRPC(ctx context.Context, l net.Listener, reg *registry.Registry, calls callMetrics) error {
+func (m *Master) serveGRPC(ctx context.Context, l net.Listener, reg *registry.Registry, calls *calls) error {
 	s := grpc.NewServer(
 		grpc.ChainUnaryInterceptor(calls.intercept, m.intercept),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
@@ -138,11 +137,7 @@ func (m *Master) serveGRPC(ctx context.Context, l net.Listener, reg *registry.Re
 }
 
 func (m *Master) serveHTTP(l net.Listener, stopped <-chan struct{}) error {
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(m.gatherer(), promhttp.HandlerOpts{}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("GET /readyz", m.readyz)
-	s := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+	s := &http.Server{Handler: telemetry.Handler(m.gatherer(), telemetry.Probes{Ready: m.answers}), ReadHeaderTimeout: 5 * time.Second}
 	failed := make(chan error, 1)
 	go func() { failed <- s.Serve(l) }()
 	select {
@@ -159,19 +154,13 @@ func (m *Master) serveHTTP(l net.Listener, stopped <-chan struct{}) error {
 	return nil
 }
 
-// readyz answers 200 while the store answers. Starting the master again would not help a store
-// that does not, so healthz does not ask it.
-func (m *Master) readyz(w http.ResponseWriter, req *http.Request) {
-	ctx, cancel := context.WithTimeout(req.Context(), 2*time.Second)
-	defer cancel()
+// answers is readiness: nil while the store answers. Starting the master again would not help a store
+// that does not, so liveness does not ask it.
+func (m *Master) answers(ctx context.Context) error {
 	reg := m.serving.Load()
 	if reg == nil {
-		http.Error(w, "starting or stopping", http.StatusServiceUnavailable)
-		return
+		return errors.New("starting or stopping")
 	}
-	if _, err := reg.Status(ctx); err != nil {
-		http.Error(w, err.Error(), http.StatusServiceUnavailable)
-		return
-	}
-	fmt.Fprintln(w, "ok")
+	_, err := reg.Status(ctx)
+	return err
 }

@@ -589,7 +589,7 @@ func TestMetricsAndHealthAreServedOverAUnixSocket(t *testing.T) {
 	}
 	code, body := get("/metrics")
 	for _, want := range []string{"larder_master_volumes 1\n", "larder_master_workers 0\n", "larder_master_store_up 1\n",
-		`larder_master_calls_total{code="OK",method="CreateVolume"} 1`, "etcd_disk_wal_fsync_duration_seconds", "go_goroutines"} {
+		`larder_master_call_seconds_count{code="OK",method="CreateVolume"} 1`, "etcd_disk_wal_fsync_duration_seconds", "go_goroutines"} {
 		if code != 200 || !strings.Contains(body, want) {
 			t.Errorf("metrics: %d, without %q", code, want)
 		}

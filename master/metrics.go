@@ -9,8 +9,19 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/status"
 
+	"github.com/larderfs/larder/cacheworker/telemetry"
 	"github.com/larderfs/larder/master/registry"
 )
+
+// Metrics are a master's.
+var Metrics = []telemetry.Metric{
+	{Name: "larder_master_call_seconds", Help: "Duration of calls, by method and gRPC code.", Labels: []string{"method", "code"}, Histogram: true},
+	{Name: "larder_master_workers", Help: "Workers whose lease holds."},
+	{Name: "larder_master_volumes", Help: "Volumes provisioned."},
+	{Name: "larder_master_mounts", Help: "Mounts of the namespace."},
+	{Name: "larder_master_store_up", Help: "Whether etcd answers: 0 if it does not, and most others are missing, else 1."},
+	{Name: "larder_master_store_bytes", Help: "Size of etcd's data base."},
+}
 
 // gatherer adds what the embedded etcd, and the process, tell about themselves: they use
 // the default registry, whether we like it or not.
@@ -18,59 +29,30 @@ func (m *Master) gatherer() prometheus.Gatherer {
 	return prometheus.Gatherers{m.cfg.Metrics, prometheus.DefaultGatherer}
 }
 
-type callMetrics struct {
-	total   *prometheus.CounterVec
-	seconds *prometheus.HistogramVec
-}
+// calls are timed, by method and code.
+type calls struct{ took telemetry.Latencies }
 
-func newCallMetrics() callMetrics {
-	return callMetrics{
-		total: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "larder_master_calls_total", Help: "Calls answered, by method and gRPC code.",
-		}, []string{"method", "code"}),
-		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "larder_master_call_seconds", Help: "Duration of calls.", Buckets: prometheus.ExponentialBuckets(0.0005, 4, 8),
-		}, []string{"method"}),
-	}
-}
-
-func (c callMetrics) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+func (c *calls) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
 	start := time.Now()
 	resp, err := handle(ctx, req)
-	method := path.Base(info.FullMethod)
-	c.total.WithLabelValues(method, status.Code(err).String()).Inc()
-	c.seconds.WithLabelValues(method).Observe(time.Since(start).Seconds())
+	c.took.With(path.Base(info.FullMethod), status.Code(err).String()).Since(start)
 	return resp, err
 }
 
-// stateCollector asks the store at each scrape.
-type stateCollector struct{ reg *registry.Registry }
-
-var (
-	workersDesc = prometheus.NewDesc("larder_master_workers", "Workers whose lease holds.", nil, nil)
-	volumesDesc = prometheus.NewDesc("larder_master_volumes", "Volumes provisioned.", nil, nil)
-	mountsDesc  = prometheus.NewDesc("larder_master_mounts", "Mounts of the namespace.", nil, nil)
-	storeDesc   = prometheus.NewDesc("larder_master_store_bytes", "Size of etcd's data base.", nil, nil)
-	upDesc      = prometheus.NewDesc("larder_master_store_up", "Whether etcd answers.", nil, nil)
-)
-
-func (stateCollector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{workersDesc, volumesDesc, mountsDesc, storeDesc, upDesc} {
-		ch <- d
-	}
-}
-
-func (s stateCollector) Collect(ch chan<- prometheus.Metric) {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-	defer cancel()
-	st, err := s.reg.Status(ctx)
-	up := 0.0
-	if err == nil {
-		up = 1
-		ch <- prometheus.MustNewConstMetric(workersDesc, prometheus.GaugeValue, float64(st.Workers))
-		ch <- prometheus.MustNewConstMetric(volumesDesc, prometheus.GaugeValue, float64(st.Volumes))
-		ch <- prometheus.MustNewConstMetric(mountsDesc, prometheus.GaugeValue, float64(st.Mounts))
-		ch <- prometheus.MustNewConstMetric(storeDesc, prometheus.GaugeValue, float64(st.StoreBytes))
-	}
-	ch <- prometheus.MustNewConstMetric(upDesc, prometheus.GaugeValue, up)
+// collector asks the store at each scrape.
+func collector(reg *registry.Registry, c *calls) prometheus.Collector {
+	return telemetry.NewCollector(Metrics, func(s telemetry.Scrape) {
+		s.Latencies("larder_master_call_seconds", &c.took)
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		defer cancel()
+		st, err := reg.Status(ctx)
+		s.Is("larder_master_store_up", err == nil)
+		if err != nil {
+			return
+		}
+		s.Set("larder_master_workers", float64(st.Workers))
+		s.Set("larder_master_volumes", float64(st.Volumes))
+		s.Set("larder_master_mounts", float64(st.Mounts))
+		s.Set("larder_master_store_bytes", float64(st.StoreBytes))
+	})
 }

@@ -25,6 +25,10 @@ type Volume struct {
 	DirMode   uint32        `json:"dirMode"`
 	Inline    bool          `json:"inline,omitempty"` // attributes written by a user (DESIGN §5.10)
 
+	// Whose volume it is, as far as the orchestrator says. A volume that a pod names itself has no claim.
+	Namespace string `json:"namespace,omitempty"`
+	Claim     string `json:"claim,omitempty"`
+
 	// Attributes is the volume_context without what the orchestrator adds, as JSON: a master
 	// that has lost its memory learns it from the workers.
 	Attributes string `json:"attributes,omitempty"`

@@ -69,6 +69,7 @@ func (s *Store) scrubFile(ctx context.Context, e *entry, p *pace) bool {
 		if more && !e.isVerified(i) {
 			began := time.Now()
 			f.check(i, s.dir.sys.preadOnce)
+			s.scrubbed.Add(int64(e.chunkLen(i)))
 			more = p.rest(ctx, time.Since(began))
 		}
 	})

@@ -116,6 +116,7 @@ type Store struct {
 type counters struct {
 	evictions, evictedBytes        atomic.Int64
 	rejected, badChunks, putErrors atomic.Int64
+	scrubbed                       atomic.Int64
 }
 
 // Stats is a snapshot.
@@ -130,12 +131,15 @@ type Stats struct {
 	CompleteObjects int // complete and verified
 	LeasedObjects   int
 	UnlinkedFiles   int
+	Healthy         bool // the disk has refused nothing within the last minute
 
 	Evictions    int64 // since the start, as all below
 	EvictedBytes int64 // of present chunks
 	Rejected     int64 // Opens and Puts that found no room
 	BadChunks    int64 // chunks that were not what their sum says, or not there
 	PutErrors    int64 // Puts that the file system or the index refused
+
+	ScrubbedBytes int64 // of chunks that were looked at in the background
 }
 
 // Info is what [Store.Peek] knows.
@@ -320,7 +324,8 @@ func (s *Store) Stats() Stats {
 		DiskBytes: s.live + s.heldBytes, UnlinkedBytes: s.heldBytes,
 		Objects: len(s.entries), CompleteObjects: s.complete, LeasedObjects: s.leased, UnlinkedFiles: len(s.held),
 		Evictions: s.evictions.Load(), EvictedBytes: s.evictedBytes.Load(), Rejected: s.rejected.Load(),
-		BadChunks: s.badChunks.Load(), PutErrors: s.putErrors.Load(),
+		BadChunks: s.badChunks.Load(), PutErrors: s.putErrors.Load(), ScrubbedBytes: s.scrubbed.Load(),
+		Healthy: time.Since(s.troubleAt) > troubleOver && !s.index.isBroken() && !s.index.health.isSick(),
 	}
 }
 

@@ -35,6 +35,8 @@ type Deps struct {
 	Metadata *metadata.Cache
 	Fills    *fill.Fills
 	Store    *cachestore.Store
+
+	Usage func() *fill.Usage // for whom reads are counted; nil counts them for nobody
 }
 
 // Dataset is safe for concurrent use and never changes; new credentials make a new one.
@@ -110,10 +112,19 @@ func (d *Dataset) Changed(key string) {
 }
 
 // Reader opens an object for reading as the dataset's principal. It asks nothing yet.
-func (d *Dataset) Reader(obj object.Object) *fill.Reader { return d.deps.Fills.Open(obj, d.src) }
+func (d *Dataset) Reader(obj object.Object) *fill.Reader {
+	return d.deps.Fills.Open(obj, d.src).For(d.usage())
+}
+
+func (d *Dataset) usage() *fill.Usage {
+	if d.deps.Usage == nil {
+		return nil
+	}
+	return d.deps.Usage()
+}
 
 // CompleteLater fills the rest of an object when there is nothing better to do.
-func (d *Dataset) CompleteLater(obj object.Object) { d.deps.Fills.CompleteLater(obj, d.src) }
+func (d *Dataset) CompleteLater(obj object.Object) { d.deps.Fills.CompleteLater(obj, d.src, d.usage()) }
 
 // Peek says what of an object is cached.
 func (d *Dataset) Peek(id object.ID) cachestore.Info { return d.deps.Store.Peek(id) }

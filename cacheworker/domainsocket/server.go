@@ -77,8 +77,9 @@ type Status struct {
 
 // Config of a server; every zero has a default.
 type Config struct {
-	Volume Volume // required
-	Log    *slog.Logger
+	Volume   Volume // required
+	Counters *Counters
+	Log      *slog.Logger
 
 	Connections int           // at once; more are told to try again. 0 means 256
 	Leases      int           // of all connections. 0 means 4096
@@ -86,6 +87,14 @@ type Config struct {
 	Requests    int           // in flight on one connection. 0 means 64
 	ReplyBytes  int64         // of replies to reads, in memory for one connection; at least one frame. 0 means 2 MiB
 	Hello       time.Duration // how long a client may take to say hello. 0 means 10 s
+}
+
+// Counters are shared by all servers of a worker.
+type Counters struct {
+	Clients     atomic.Int64 // now
+	Requests    atomic.Uint64
+	Descriptors atomic.Uint64 // given
+	ReadBytes   atomic.Uint64 // in replies
 }
 
 func (c Config) withDefaults() Config {
@@ -104,6 +113,9 @@ func (c Config) withDefaults() Config {
 	c.ReplyBytes = max(c.ReplyBytes, wire.MaxReply)
 	if c.Hello <= 0 {
 		c.Hello = 10 * time.Second
+	}
+	if c.Counters == nil {
+		c.Counters = &Counters{}
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -202,6 +214,8 @@ func (s *Server) serveConn(ctx context.Context, c *net.UnixConn) {
 		inflight: map[uint64]context.CancelCauseFunc{},
 		leases:   map[uint64]*lease{},
 	}
+	s.cfg.Counters.Clients.Add(1)
+	defer s.cfg.Counters.Clients.Add(-1)
 	err := ss.run(ctx)
 	cancel()
 	c.Close()

@@ -115,6 +115,7 @@ func (ss *session) hello(in *bufio.Reader) error {
 
 // dispatch starts a request. An error ends the connection.
 func (ss *session) dispatch(ctx context.Context, h wire.Header, payload []byte) error {
+	ss.srv.cfg.Counters.Requests.Add(1)
 	switch {
 	case h.Flags != 0 || h.Code != 0:
 		ss.fail(h, fmt.Errorf("%w: flags or code in a request", object.ErrInvalid))
@@ -290,6 +291,7 @@ func (ss *session) sendOpened(h wire.Header, id uint64, f File, flags uint8) err
 			err = ss.send(with, frame, fd)
 		}
 		if err == nil {
+			ss.srv.cfg.Counters.Descriptors.Add(1)
 			return nil
 		}
 		if !errors.Is(err, object.ErrIncomplete) {
@@ -330,6 +332,7 @@ func (ss *session) read(ctx context.Context, h wire.Header, d *wire.Decoder) err
 			return err
 		}
 	}
+	ss.srv.cfg.Counters.ReadBytes.Add(uint64(got))
 	return ss.send(h, frame[:wire.HeaderLen+got], nil)
 }
 

@@ -42,6 +42,13 @@ func (b *budget) used() int64 {
 	return b.total - b.free
 }
 
+// waiting is how many fetches wait for bytes or a request.
+func (b *budget) waiting() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return len(b.queue) + len(b.low)
+}
+
 // take waits for bytes and a request, as a foreground fetch.
 func (b *budget) take(ctx context.Context, bytes int64) error {
 	return b.wait(ctx, bytes, &b.queue)

@@ -14,6 +14,7 @@ import (
 type job struct {
 	obj object.Object
 	src source.Source
+	u   *Usage
 }
 
 // Complete fetches all absent chunks, at low priority: it takes no memory that a reader waits for. It
@@ -125,7 +126,7 @@ func (r *Reader) startBackground(ctx context.Context, first, end int) ([]*chunk,
 		return held, nil
 	}
 	f.budget.give(size-r.bytes(i, stop), 0)
-	ft := f.start(ctx, r.obj, r.id, r.src, i, stop-1, background)
+	ft := r.start(ctx, i, stop-1, background)
 	for _, c := range ft.chunks {
 		f.want(c)
 		held = append(held, c)
@@ -178,8 +179,9 @@ func (f *Fills) storeAgain(file *cachestore.File, c *chunk) error {
 }
 
 // CompleteLater queues the object to be completed while no reader waits for a fetch. What
-// does not fit into the queue is forgotten, as are failures: it is an improvement, not a promise.
-func (f *Fills) CompleteLater(obj object.Object, src source.Source) {
+// does not fit into the queue is forgotten, as are failures: it is an improvement, not a promise. It is counted
+// for u, unless that is nil.
+func (f *Fills) CompleteLater(obj object.Object, src source.Source, u *Usage) {
 	id := obj.ID()
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -187,7 +189,7 @@ func (f *Fills) CompleteLater(obj object.Object, src source.Source) {
 		return
 	}
 	f.queued[id] = struct{}{}
-	f.queue = append(f.queue, job{obj, src})
+	f.queue = append(f.queue, job{obj, src, u})
 	if f.workers < f.cfg.CompleteWorkers {
 		f.workers++
 		f.wg.Go(f.completer)
@@ -214,7 +216,7 @@ func (f *Fills) work(ctx context.Context) {
 		f.queue = f.queue[1:]
 		f.mu.Unlock()
 
-		r := f.Open(j.obj, j.src)
+		r := f.Open(j.obj, j.src).For(j.u)
 		err := r.complete(ctx, f.budget.waitIdle)
 		r.Close()
 		if err == nil {

@@ -61,6 +61,7 @@ type fetch struct {
 	class     class
 	reader    *Reader // that reads ahead, else nil
 	chunks    []*chunk
+	usage     *Usage
 	cancel    context.CancelFunc
 	stored    chan *chunk // to the goroutine that writes them
 }
@@ -75,14 +76,15 @@ func (ft *fetch) bytes() (n int64) {
 // start begins a GET of the chunks [first, last]. Ahead and background fetches have paid
 // already. The chunks have no interest yet: the caller adds it before it gives up f.mu,
 // which start requires.
-func (f *Fills) start(ctx context.Context, obj object.Object, id object.ID, src source.Source, first, last int, cl class) *fetch {
+func (r *Reader) start(ctx context.Context, first, last int, cl class) *fetch {
+	f := r.f
 	ft := &fetch{
-		obj: obj, src: src, principal: src.Principal(), class: cl,
+		obj: r.obj, src: r.src, principal: r.principal, usage: r.usage, class: cl,
 		chunks: make([]*chunk, 0, last-first+1),
 		stored: make(chan *chunk, last-first+1),
 	}
 	for i := first; i <= last; i++ {
-		c := &chunk{key: chunkKey{id, i}, fetch: ft, size: obj.ChunkLen(i), need: math.MaxInt}
+		c := &chunk{key: chunkKey{r.id, i}, fetch: ft, size: r.obj.ChunkLen(i), need: math.MaxInt}
 		ft.chunks = append(ft.chunks, c)
 		f.chunks[c.key] = c
 	}
@@ -166,9 +168,11 @@ func (f *Fills) get(ctx context.Context, ft *fetch) error {
 			return err
 		}
 		f.count.fetched.Add(uint64(c.size))
+		ft.usage.Fetched.Add(uint64(c.size))
 		if ft.class == ahead {
 			f.count.ahead.Add(uint64(c.size))
 		}
+		f.count.unwritten.Add(1)
 		ft.stored <- c
 	}
 	f.timed(ft.obj.Store, ft.bytes(), asked, began, time.Now())
@@ -292,6 +296,7 @@ func (f *Fills) written(c *chunk, err error) {
 	if err != nil && !errors.Is(err, object.ErrNoSpace) {
 		f.cfg.Log.Error("store chunk", "object", c.fetch.obj, "chunk", c.key.i, "err", err)
 	}
+	f.count.unwritten.Add(-1)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if err == nil {
@@ -463,8 +468,8 @@ func (f *Fills) lessInterest(c *chunk) {
 	}
 }
 
-// await returns when bytes of the chunk up to need are here.
-func (f *Fills) await(ctx context.Context, c *chunk, need int) error {
+// await returns when bytes of the chunk up to need are here, and whether that took waiting.
+func (f *Fills) await(ctx context.Context, c *chunk, need int) (waited bool, err error) {
 	for {
 		f.mu.Lock()
 		if c.n >= need || c.err != nil {
@@ -473,7 +478,7 @@ func (f *Fills) await(ctx context.Context, c *chunk, need int) error {
 				err = nil
 			}
 			f.mu.Unlock()
-			return err
+			return waited, err
 		}
 		if c.wake == nil {
 			c.wake = make(chan struct{})
@@ -481,10 +486,11 @@ func (f *Fills) await(ctx context.Context, c *chunk, need int) error {
 		c.need = min(c.need, need)
 		wake := c.wake
 		f.mu.Unlock()
+		waited = true
 		select {
 		case <-wake:
 		case <-ctx.Done():
-			return fmt.Errorf("wait for chunk %d: %w", c.key.i, context.Cause(ctx))
+			return waited, fmt.Errorf("wait for chunk %d: %w", c.key.i, context.Cause(ctx))
 		}
 	}
 }

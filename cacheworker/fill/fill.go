@@ -125,7 +125,8 @@ type Stats struct {
 	HitChunks      uint64 // that reads touched and the cache had
 	MissChunks     uint64 // that reads touched and had to wait for, or to get from memory
 	DiskBytes      uint64 // served from cache files
-	MemoryBytes    uint64 // served from chunks in flight or in memory
+	MemoryBytes    uint64 // served from chunks in memory
+	StoreBytes     uint64 // served from chunks whose bytes the reader waited for
 	Joined         uint64 // chunks waited for that somebody else had asked for
 	Heads          uint64 // requests for a grant
 	Canceled       uint64 // GETs given up because nobody waited
@@ -133,10 +134,27 @@ type Stats struct {
 	InFlightBytes  int64  // now
 	MemoryHeld     int64  // now, of chunks for which the cache has no room
 	CompletesQueue int    // now
+
+	InFlightLimit int64  // of InFlightBytes
+	Waiting       int    // now, fetches that wait for memory or a request
+	Unwritten     int64  // now, chunks that are whole and not on the disk yet
+	Denied        uint64 // times that a store refused a principal, which lost its grants there
+}
+
+// Usage is what was read and fetched for somebody. The zero value is ready; all of it are counters.
+type Usage struct {
+	DiskBytes   atomic.Uint64 // given from cache files
+	MemoryBytes atomic.Uint64 // given from chunks that were in memory
+	StoreBytes  atomic.Uint64 // given from chunks whose bytes the reader waited for
+	Fetched     atomic.Uint64 // bytes from the under stores
+	Hits        atomic.Uint64 // chunks that the cache had
+	Misses      atomic.Uint64
+	Passed      atomic.Uint64 // sizes of files whose reading the kernel was given
 }
 
 type counters struct {
-	hits, misses, gets, fetched, ahead, disk, memory, joined, heads, canceled, completed atomic.Uint64
+	hits, misses, gets, fetched, ahead, disk, memory, store, joined, heads, canceled, completed, denied atomic.Uint64
+	unwritten                                                                                           atomic.Int64
 }
 
 // New returns fills into store. Close must be called before the store's.
@@ -199,11 +217,16 @@ func (f *Fills) Stats() Stats {
 		MissChunks:     f.count.misses.Load(),
 		DiskBytes:      f.count.disk.Load(),
 		MemoryBytes:    f.count.memory.Load(),
+		StoreBytes:     f.count.store.Load(),
 		Joined:         f.count.joined.Load(),
 		Heads:          f.count.heads.Load(),
 		Canceled:       f.count.canceled.Load(),
 		Completed:      f.count.completed.Load(),
 		InFlightBytes:  f.budget.used(),
+		InFlightLimit:  f.budget.total,
+		Waiting:        f.budget.waiting(),
+		Unwritten:      f.count.unwritten.Load(),
+		Denied:         f.count.denied.Load(),
 		MemoryHeld:     held,
 		CompletesQueue: queue,
 	}
@@ -211,7 +234,15 @@ func (f *Fills) Stats() Stats {
 
 // Open returns a reader of obj that fetches with src. It does no I/O.
 func (f *Fills) Open(obj object.Object, src source.Source) *Reader {
-	return &Reader{f: f, obj: obj, id: obj.ID(), src: src, principal: src.Principal()}
+	return &Reader{f: f, obj: obj, id: obj.ID(), src: src, principal: src.Principal(), usage: new(Usage)}
+}
+
+// For has what is read and fetched counted for somebody. It has to come before the first read.
+func (r *Reader) For(u *Usage) *Reader {
+	if u != nil {
+		r.usage = u
+	}
+	return r
 }
 
 var errClosed = errors.New("reader or cache is closed")

@@ -820,7 +820,7 @@ func TestCompleteLaterWaitsUntilNobodyFetches(t *testing.T) {
 		go func() { done <- check(busy, data, 0, 10) }()
 		synctest.Wait()
 		for range 3 {
-			w.fills.CompleteLater(obj, w.store.Source("alice"))
+			w.fills.CompleteLater(obj, w.store.Source("alice"), nil)
 		}
 		w.want("[0+1]", 0)
 		close(hold)
@@ -843,7 +843,7 @@ func TestCloseEndsWaitingReaders(t *testing.T) {
 		done := make(chan error, 1)
 		go func() { done <- check(r, data, 0, 10) }()
 		synctest.Wait()
-		w.fills.CompleteLater(w.store.Put("b", data), w.store.Source("alice"))
+		w.fills.CompleteLater(w.store.Put("b", data), w.store.Source("alice"), nil)
 		w.fills.Close()
 		if err := <-done; !errors.Is(err, errClosed) {
 			t.Errorf("%v", err)
@@ -954,7 +954,7 @@ func model(t *testing.T, cache *cachestore.Store, seed uint64) {
 		time.Sleep(100 * time.Millisecond)
 		put(1+int(n)%5, 100+n)
 		if rnd.IntN(3) == 0 {
-			w.fills.CompleteLater(current[4].obj, w.store.Source("alice"))
+			w.fills.CompleteLater(current[4].obj, w.store.Source("alice"), nil)
 		}
 	}
 	wg.Wait()

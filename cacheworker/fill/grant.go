@@ -205,6 +205,7 @@ func (f *Fills) remembers(key headKey) bool {
 // was refused there.
 func (f *Fills) Revoke(p object.Principal, store object.Store) {
 	f.store.Revoke(p, store)
+	f.count.denied.Add(1)
 	now := time.Now()
 	f.mu.Lock()
 	defer f.mu.Unlock()

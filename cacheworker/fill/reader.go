@@ -25,6 +25,7 @@ type Reader struct {
 	id        object.ID
 	src       source.Source
 	principal object.Principal
+	usage     *Usage
 
 	lease   atomic.Pointer[lease]
 	through atomic.Bool // the cache has no room for an object of this size
@@ -75,6 +76,9 @@ func (l *lease) use() bool {
 		}
 	}
 }
+
+// Passed counts an open after which the kernel reads the cache file itself.
+func (r *Reader) Passed() { r.usage.Passed.Add(uint64(r.obj.Size)) }
 
 // Object is what is read.
 func (r *Reader) Object() object.Object { return r.obj }
@@ -395,7 +399,7 @@ func (r *Reader) startAbsent(ctx context.Context, held []*chunk, first int, abse
 		for end+1 < len(held) && end+1-k < maxGet && absent>>(end+1)&1 == 1 && r.f.chunks[chunkKey{r.id, first + end + 1}] == nil {
 			end++
 		}
-		ft := r.f.start(ctx, r.obj, r.id, r.src, first+k, first+end, foreground)
+		ft := r.start(ctx, first+k, first+end, foreground)
 		for j, c := range ft.chunks {
 			r.f.want(c)
 			held[k+j] = c
@@ -436,11 +440,10 @@ func (r *Reader) copyOnce(ctx context.Context, c *chunk, p []byte, i int, off in
 		return r.copyDisk(p, off)
 	}
 	begin := int(off - int64(i)*object.ChunkSize)
-	err := r.f.await(ctx, c, begin+len(p))
+	waited, err := r.f.await(ctx, c, begin+len(p))
 	if err == nil {
 		copy(p, c.buf[begin:])
-		r.f.count.memory.Add(uint64(len(p)))
-		r.f.count.misses.Add(1)
+		r.fromFetch(len(p), waited)
 	}
 	if err == nil && begin+len(p) == c.size {
 		r.f.pass(c)
@@ -465,8 +468,23 @@ func (r *Reader) copyDisk(p []byte, off int64) error {
 
 // fromDisk counts a read that a cache file served.
 func (r *Reader) fromDisk(off int64, n int) {
+	chunks := uint64(chunkAt(off+int64(n)-1) - chunkAt(off) + 1)
 	r.f.count.disk.Add(uint64(n))
-	r.f.count.hits.Add(uint64(chunkAt(off+int64(n)-1) - chunkAt(off) + 1))
+	r.f.count.hits.Add(chunks)
+	r.usage.DiskBytes.Add(uint64(n))
+	r.usage.Hits.Add(chunks)
+}
+
+// fromFetch counts one that a chunk in memory served, at once or after its bytes had come.
+func (r *Reader) fromFetch(n int, waited bool) {
+	bytes, usage := &r.f.count.memory, &r.usage.MemoryBytes
+	if waited {
+		bytes, usage = &r.f.count.store, &r.usage.StoreBytes
+	}
+	bytes.Add(uint64(n))
+	usage.Add(uint64(n))
+	r.f.count.misses.Add(1)
+	r.usage.Misses.Add(1)
 }
 
 // readAhead takes a read into account and asks for what a stream will read next.
@@ -594,7 +612,7 @@ func (r *Reader) startAhead(ctx context.Context, first, end int, gen uint64, pai
 		return end
 	}
 	f.budget.give(paid-r.bytes(first, stop), 0)
-	ft := f.start(ctx, r.obj, r.id, r.src, first, stop-1, ahead)
+	ft := r.start(ctx, first, stop-1, ahead)
 	ft.reader = r
 	if r.aheadBytes == 0 {
 		f.ahead++

@@ -59,16 +59,6 @@ type Config struct {
 	allowWrites bool // takes a lock off, for its test: open for writing is not refused
 }
 
-// Counters are shared by all mounts of a worker.
-type Counters struct {
-	Reads     atomic.Uint64 // READs that reached the worker
-	ReadBytes atomic.Uint64
-	Spliced   atomic.Uint64 // READs answered from the cache file without a copy
-	Stale     atomic.Uint64 // opens answered with ESTALE
-	Resends   atomic.Uint64 // times the kernel was asked to deliver requests again
-	Resent    atomic.Uint64 // requests that it delivered again, and that were answered
-}
-
 // errnos is the whole mapping; what it does not list is EIO.
 var errnos = []struct {
 	err   error
@@ -185,12 +175,15 @@ func (m *Mount) status(op string, n *node, err error) fuse.Status {
 				m.trouble.note(err)
 				m.cfg.Log.Warn("denied", "op", op, "volume", m.cfg.Volume.ID, "err", err)
 			}
-			return e.errno
+			if e.err == object.ErrChanged || e.err == object.ErrNotFound {
+				return e.errno
+			}
+			return m.cfg.Counters.failures.note(e.errno)
 		}
 	}
 	m.trouble.note(err)
 	m.cfg.Log.Error(op, "volume", m.cfg.Volume.ID, "err", err)
-	return fuse.EIO
+	return m.cfg.Counters.failures.note(fuse.EIO)
 }
 
 // requestContext ends when the mount does, or two seconds after an INTERRUPT: a profiler's

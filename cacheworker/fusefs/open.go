@@ -176,12 +176,17 @@ func (m *Mount) answerOpen(ctx context.Context, n *node, r *fill.Reader, out *fu
 			}
 			m.cfg.Log.Log(ctx, level, "passthrough", "volume", m.cfg.Volume.ID, "object", r.Object().String(), "err", err)
 			out.OpenFlags = fuse.FOPEN_NOFLUSH | fuse.FOPEN_DIRECT_IO
+			m.cfg.Counters.Unpassed.Add(1)
 			return
 		}
+		m.cfg.Counters.Passed.Add(1)
+		m.cfg.Counters.PassedBytes.Add(uint64(n.file.size))
+		r.Passed()
 		out.BackingID = backing
 		out.OpenFlags = fuse.FOPEN_NOFLUSH | fuse.FOPEN_PASSTHROUGH
 		return
 	}
+	m.cfg.Counters.Cached.Add(1)
 	m.completeMaybe(n, r)
 }
 
@@ -244,7 +249,7 @@ func (m *Mount) failed(op string, n *node, err error) fuse.Status {
 	if errors.Is(err, object.ErrChanged) || errors.Is(err, object.ErrNotFound) {
 		m.setGone(n)
 		m.data.Load().Changed(n.parent.key + n.name)
-		return estale
+		return m.cfg.Counters.failures.note(estale)
 	}
 	return m.status(op, n, err)
 }
@@ -272,9 +277,11 @@ func (m *Mount) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 		}
 	}
 	defer m.unhold(n, false)
+	began := time.Now()
 	ctx, stop := m.requestContext(cancel)
 	defer stop()
 	got, err := r.ReadAt(ctx, buf[:size], off)
+	m.cfg.Counters.Took[opRead].Since(began)
 	if err != nil {
 		return nil, m.failed("read", n, err)
 	}

@@ -1,9 +1,14 @@
 package fusefs
 
-import "github.com/hanwen/go-fuse/v2/fuse"
+import (
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+)
 
 // counted is a mount as the kernel asks it. It counts the requests that an earlier worker has left
-// and this one has answered; those that only refuse are not counted.
+// and this one has answered; those that only refuse are not counted. It takes the time of those that may wait
+// for a store, but for READs, most of which do not.
 type counted struct{ *Mount }
 
 // resent reports whether the kernel delivers a request again, which may have been executed.
@@ -17,8 +22,11 @@ func (c counted) answered(h *fuse.InHeader) {
 	c.inherited.Do(func() { c.cfg.Log.Info("answers what an earlier worker left", "volume", c.cfg.Volume.ID) })
 }
 
+func (c counted) took(op int, since time.Time) { c.cfg.Counters.Took[op].Since(since) }
+
 func (c counted) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
 	defer c.answered(h)
+	defer c.took(opLookup, time.Now())
 	return c.Mount.Lookup(cancel, h, name, out)
 }
 
@@ -39,6 +47,7 @@ func (c counted) ListXAttr(cancel <-chan struct{}, h *fuse.InHeader, dest []byte
 
 func (c counted) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
 	defer c.answered(&in.InHeader)
+	defer c.took(opOpen, time.Now())
 	return c.Mount.Open(cancel, in, out)
 }
 
@@ -54,11 +63,13 @@ func (c counted) OpenDir(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.Open
 
 func (c counted) ReadDir(cancel <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
 	defer c.answered(&in.InHeader)
+	defer c.took(opReaddir, time.Now())
 	return c.Mount.ReadDir(cancel, in, out)
 }
 
 func (c counted) ReadDirPlus(cancel <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
 	defer c.answered(&in.InHeader)
+	defer c.took(opReaddir, time.Now())
 	return c.Mount.ReadDirPlus(cancel, in, out)
 }
 

@@ -72,6 +72,9 @@ type Stats struct {
 	Lists    uint64 // requests
 	Heads    uint64
 	Evicted  uint64 // entries
+
+	Flights      int // now, requests
+	AheadFlights int // of them, for what nobody waits for yet
 }
 
 type tableKey struct {
@@ -157,7 +160,9 @@ func (c *Cache) dropTables() {
 func (c *Cache) Stats() Stats {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.stats
+	s := c.stats
+	s.Flights, s.AheadFlights = len(c.flights), c.ahead
+	return s
 }
 
 // Check asks the store whether prefix ("" or ending in "/") can be listed. A prefix without

@@ -32,6 +32,24 @@ type Guard struct {
 	retries float64       // that may be made
 	filled  time.Time     // when that was last made more by time
 	changed chan struct{} // closed when who waits should look again; nil if nobody does
+	stats   GuardStats
+}
+
+// GuardStats say how a store is.
+type GuardStats struct {
+	Shut    bool // now
+	Waiting int  // now, requests
+	Trips   int  // times that it was shut since the start
+	Retries int  // since the start
+}
+
+// Stats returns them.
+func (g *Guard) Stats() GuardStats {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	s := g.stats
+	s.Shut = !g.shut.IsZero()
+	return s
 }
 
 // GuardConfig is the zero value, but in tests.
@@ -93,8 +111,13 @@ func (g *Guard) Enter(ctx context.Context) (Pass, error) {
 			return p, err
 		}
 		changed := g.change()
+		g.stats.Waiting++
 		g.mu.Unlock()
-		if err := sleep(ctx, wait, changed); err != nil {
+		err = sleep(ctx, wait, changed)
+		g.mu.Lock()
+		g.stats.Waiting--
+		g.mu.Unlock()
+		if err != nil {
 			return Pass{}, err
 		}
 	}
@@ -169,6 +192,7 @@ func (p Pass) Failed(err error, after time.Duration) {
 	default:
 		g.pause = g.cfg.Pause
 		g.shut = time.Now()
+		g.stats.Trips++
 		g.cfg.Log.Warn("the store is left alone until it answers", "store", g.cfg.Store, "failures", g.failed, "err", err)
 	}
 	g.next = time.Now().Add(max(g.pause/2+rand.N(g.pause/2+1), min(after, g.cfg.MaxPause)))
@@ -220,6 +244,7 @@ func (g *Guard) Retry(ctx context.Context) error {
 		g.filled = now
 		if g.retries >= 1 {
 			g.retries--
+			g.stats.Retries++
 			g.mu.Unlock()
 			return nil
 		}

@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
-	"github.com/larderfs/larder/cacheworker"
+	"github.com/larderfs/larder/cacheworker/telemetry"
 	"github.com/larderfs/larder/driver"
 	"github.com/larderfs/larder/driver/broker"
 	"github.com/larderfs/larder/driver/kube"
@@ -32,7 +32,7 @@ type csiNode struct {
 	broker  broker.Config
 	run     string
 	mounts  string // where inline volumes are mounted; "" is run
-	metrics string
+	listens listens
 
 	registry  string // the kubelet's folder for registrations; "" registers nowhere
 	taint     string // key of the startup taint; "" removes none
@@ -54,7 +54,7 @@ func csiNodeCommand() *cobra.Command {
 			f.StringVar(&n.mounts, "mount-dir", "", "`directory` of the mounts of inline volumes, which the kubelet has to see (default --run-dir)")
 			f.StringVar(&n.driver.Endpoint, "endpoint", "unix:///run/larder/csi.sock", "CSI `endpoint`")
 			f.StringVar(&n.driver.NodeID, "node-name", hostname(), "`name` of this node")
-			f.StringVar(&n.metrics, "metrics-listen", "127.0.0.1:9812", "`address` of /metrics, /healthz and /readyz; empty for none")
+			n.listens.flags(f, "127.0.0.1:9812")
 			f.StringVar(&n.registry, "registration-dir", "", "register with the kubelet that watches this `directory`")
 			f.StringVar(&n.taint, "startup-taint", "", "`key` of a taint to remove from this node once volumes can be published")
 			f.StringVar(&n.daemonSet, "daemonset", "", "`namespace/name` of the DaemonSet that runs this: if it is gone when this is told to stop, volumes in use are waited for")
@@ -104,7 +104,7 @@ func (n *csiNode) serve(ctx context.Context) (err error) {
 }
 
 func (n *csiNode) validate() error {
-	var errs []error
+	errs := []error{n.listens.validate()}
 	if space, name, ok := strings.Cut(n.daemonSet, "/"); n.daemonSet != "" && (!ok || space == "" || name == "" || strings.Contains(name, "/")) {
 		errs = append(errs, fmt.Errorf("--daemonset %q: want namespace/name", n.daemonSet))
 	}
@@ -131,7 +131,7 @@ type nodeParts struct {
 }
 
 func (n *csiNode) newParts(br *broker.Broker) (p *nodeParts, err error) {
-	p = &nodeParts{csiNode: n, collect: br.Mounts(), leaving: br.Leaving}
+	p = &nodeParts{csiNode: n, collect: br.Mounts().Collector(), leaving: br.Leaving}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.close())
@@ -186,7 +186,7 @@ func (p *nodeParts) serve(ctx context.Context) error {
 		g.Go(func() error { return p.local.Run(ctx) })
 	}
 	g.Go(func() error {
-		return serveProcessMetrics(ctx, p.metrics, cacheworker.Probes{Live: csiAnswers(p.self), Ready: p.ready}, p.collect)
+		return p.listens.serve(ctx, "node", telemetry.Probes{Live: csiAnswers(p.self), Ready: p.ready}, p.collect, p.node.srv.Collector())
 	})
 	return g.Wait()
 }

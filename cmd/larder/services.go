@@ -19,10 +19,10 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
 
 	"github.com/larderfs/larder/cacheworker"
 	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/telemetry"
 	"github.com/larderfs/larder/cacheworker/workerpb"
 	"github.com/larderfs/larder/driver"
 	"github.com/larderfs/larder/driver/broker"
@@ -47,6 +47,7 @@ func hostname() string {
 
 func masterCommand() *cobra.Command {
 	var c master.Config
+	var l listens
 	return service("master", "Serve the cluster's memory: volumes, workers, mounts",
 		`The master keeps volumes, workers and mounts in etcd: embedded in its --dir by default, or an
 external cluster by --etcd-endpoints. Three masters embed one etcd together by --name and
@@ -59,7 +60,7 @@ external cluster by --etcd-endpoints. Three masters embed one etcd together by -
 			f.StringVar(&c.EtcdKeyFile, "etcd-key", "", "PEM `file` with its key")
 			f.StringVar(&c.EtcdPrefix, "etcd-prefix", "larder/", "`prefix` of all keys in etcd")
 			f.StringVar(&c.Listen, "listen", "unix:///run/larder/master.sock", "gRPC `address`: unix:///path or host:port")
-			f.StringVar(&c.MetricsListen, "metrics-listen", "127.0.0.1:9810", "`address` of /metrics, /healthz and /readyz; empty for none")
+			l.flags(f, "127.0.0.1:9810")
 			f.DurationVar(&c.WorkerLease, "worker-lease", 30*time.Second, "how long a worker is believed alive without a heartbeat")
 			f.DurationVar(&c.WorkerForget, "worker-forget", time.Hour, "how long one without a heartbeat is listed as gone")
 			f.StringVar(&c.Member.Name, "name", "", "`name` of this one of several masters")
@@ -70,12 +71,15 @@ external cluster by --etcd-endpoints. Three masters embed one etcd together by -
 			f.StringVar(&c.Member.KeyFile, "peer-key", "", "PEM `file` with its key")
 		},
 		func(ctx context.Context, log *slog.Logger) error {
-			c.Log, c.Version = log, version
+			c.Log, c.Version, c.MetricsListen = log, version, l.metrics
 			m, err := master.New(c)
-			if err != nil {
+			if err = errors.Join(err, l.validate()); err != nil {
 				return err
 			}
-			return m.Run(ctx)
+			g, ctx := errgroup.WithContext(ctx)
+			g.Go(func() error { return m.Run(ctx) })
+			g.Go(func() error { return cacheworker.ServeProfiles(ctx, l.profiles) })
+			return g.Wait()
 		})
 }
 
@@ -89,6 +93,7 @@ func featureFlags(f *pflag.FlagSet, c *cacheworker.Features) {
 func workerCommand() *cobra.Command {
 	var (
 		c           cacheworker.Config
+		l           listens
 		t           = tier{dir: "/var/cache/larder"}
 		run         string
 		minFree     size
@@ -118,7 +123,7 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 			f.StringVar(&c.Master, "master", "", "`address` of the master: unix:///path or host:port, several with commas between; empty for none")
 			f.StringVar(&c.Listen, "listen", "", "TCP `address` where masters ask what is cached: host:port; empty for none")
 			f.StringVar(&c.Advertise, "advertise", "", "IP `address` at which masters reach that (default that of --listen, or the one towards the master)")
-			f.StringVar(&c.MetricsListen, "metrics-listen", "127.0.0.1:9811", "`address` of /metrics, /healthz and /readyz; empty for none")
+			l.flags(f, "127.0.0.1:9811")
 			f.StringVar(&c.FileRoot, "file-root", "", "`directory` below which file:// sources may lie")
 			f.StringVar(&c.FileRootPath, "file-root-path", "", "`path` by which to open the file root")
 			f.MarkHidden("file-root-path")
@@ -130,7 +135,7 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 			c.TierDir, c.ViewDir, c.CapacityBytes, c.MinFreeBytes = t.dir, readOnlyDir, t.bytes, minFree.bytes
 			c.MemoryBytes = memory.bytes
 			c.BrokerSocket, c.ControlSocket = filepath.Join(run, brokerSocket), filepath.Join(run, controlSocket)
-			c.Log, c.Version = log, version
+			c.Log, c.Version, c.MetricsListen, c.Profiles = log, version, l.metrics, l.profiles
 			if err := alone(&c, socketDir, parameters); err != nil {
 				return err
 			}
@@ -187,22 +192,23 @@ func warnRequestTimeout(log *slog.Logger) {
 // brokerCommand is a child of `up`; elsewhere the broker is part of `csi node`.
 func brokerCommand() *cobra.Command {
 	var c broker.Config
-	var run, metrics string
+	var run string
+	var l listens
 	cmd := service("broker", "Hold the node's mounts (part of csi node; a child of up)", "",
 		func(f *pflag.FlagSet) {
 			brokerFlags(f, &c, &run)
 			f.StringVar(&c.ViewDir, "view", "", "where to show the tier read-only")
-			f.StringVar(&metrics, "metrics-listen", "", "`address` of /metrics, /healthz and /readyz; empty for none")
+			l.flags(f, "")
 			f.BoolVar(&c.UnmountAtExit, "unmount-at-exit", false, "leave no mount")
 		},
 		func(ctx context.Context, log *slog.Logger) error {
 			b, err := newBroker(c, run, log)
-			if err != nil {
+			if err = errors.Join(err, l.validate()); err != nil {
 				return err
 			}
 			g, ctx := errgroup.WithContext(ctx)
 			g.Go(func() error { return b.Run(ctx) })
-			g.Go(func() error { return serveProcessMetrics(ctx, metrics, cacheworker.Probes{}, b.Mounts()) })
+			g.Go(func() error { return l.serve(ctx, "broker", telemetry.Probes{}, b.Mounts().Collector()) })
 			return g.Wait()
 		})
 	cmd.Hidden = true
@@ -217,18 +223,21 @@ func csiCommand() *cobra.Command {
 
 func csiControllerCommand() *cobra.Command {
 	var (
-		d       = driver.Config{Controller: true}
-		target  string
-		metrics string
+		d      = driver.Config{Controller: true}
+		target string
+		l      listens
 	)
 	return service("controller", "Serve the CSI controller, beside the external-provisioner", "",
 		func(f *pflag.FlagSet) {
 			f.StringVar(&d.Endpoint, "endpoint", "unix:///run/larder/csi.sock", "CSI `endpoint`")
 			f.StringVar(&target, "master", "unix:///run/larder/master.sock", "`address` of the master: unix:///path or host:port, several with commas between")
-			f.StringVar(&metrics, "metrics-listen", "127.0.0.1:9813", "`address` of /metrics, /healthz and /readyz; empty for none")
+			l.flags(f, "127.0.0.1:9813")
 			sourceFlags(f, &d.FileRoot, &d.InlineEndpoints)
 		},
 		func(ctx context.Context, log *slog.Logger) error {
+			if err := l.validate(); err != nil {
+				return err
+			}
 			m, err := client.New(client.Config{Target: target, Log: log})
 			if err != nil {
 				return err
@@ -248,7 +257,7 @@ func csiControllerCommand() *cobra.Command {
 			g, ctx := errgroup.WithContext(ctx)
 			g.Go(func() error { return srv.Run(ctx) })
 			g.Go(func() error {
-				return serveProcessMetrics(ctx, metrics, cacheworker.Probes{Live: csiAnswers(self), Ready: d.Ready})
+				return l.serve(ctx, "controller", telemetry.Probes{Live: csiAnswers(self), Ready: d.Ready}, srv.Collector())
 			})
 			return g.Wait()
 		})
@@ -315,12 +324,30 @@ func dialUnix(path string) (*grpc.ClientConn, error) {
 		grpc.WithConnectParams(quickBackoff))
 }
 
-func serveProcessMetrics(ctx context.Context, addr string, p cacheworker.Probes, more ...prometheus.Collector) error {
-	if addr == "" {
+// listens is where a process tells of itself.
+type listens struct{ metrics, profiles string }
+
+func (l *listens) flags(f *pflag.FlagSet, metrics string) {
+	f.StringVar(&l.metrics, "metrics-listen", metrics, "`address` of /metrics, /healthz and /readyz; empty for none")
+	f.StringVar(&l.profiles, "pprof", "", "loopback `address`, or unix:///path, of /debug/pprof/; empty for none")
+}
+
+func (l *listens) validate() error {
+	if l.profiles == "" {
 		return nil
 	}
-	reg := prometheus.NewRegistry()
-	reg.MustRegister(more...)
-	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	return cacheworker.ServeMetrics(ctx, addr, reg, p)
+	if err := telemetry.CheckLocal(l.profiles); err != nil {
+		return fmt.Errorf("--pprof: %w", err)
+	}
+	return nil
+}
+
+// serve answers there until ctx ends.
+func (l *listens) serve(ctx context.Context, process string, p telemetry.Probes, more ...prometheus.Collector) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		return cacheworker.ServeMetrics(ctx, l.metrics, telemetry.NewRegistry(append(more, telemetry.Info(process, version))...), p)
+	})
+	g.Go(func() error { return cacheworker.ServeProfiles(ctx, l.profiles) })
+	return g.Wait()
 }

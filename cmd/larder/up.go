@@ -25,6 +25,7 @@ import (
 
 	"github.com/larderfs/larder/cacheworker"
 	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/telemetry"
 	"github.com/larderfs/larder/driver"
 	"github.com/larderfs/larder/driver/broker"
 	"github.com/larderfs/larder/master"
@@ -44,7 +45,7 @@ type up struct {
 	memory    size
 	deadline  time.Duration
 	features  cacheworker.Features
-	metrics   string
+	listens   listens
 
 	log     *slog.Logger
 	hurried context.Context // done after a second signal
@@ -68,7 +69,8 @@ SIGHUP replaces the worker by one from the binary that is on disk now; readers d
 			f.Var(&u.minFree, "min-free", "bytes of the tier's file system that stay free")
 			f.Var(&u.memory, "memory", "bytes that the worker may use (default nine tenths of its cgroup's limit)")
 			f.StringVar(&u.nodeName, "node-name", hostname(), "`name` of this node")
-			f.StringVar(&u.metrics, "metrics-listen", "", "`address` of this process's /metrics, beside DIR/run/*-metrics.sock")
+			f.StringVar(&u.listens.metrics, "metrics-listen", "", "`address` of this process's /metrics, beside DIR/run/*-metrics.sock")
+			f.StringVar(&u.listens.profiles, "pprof", "", "loopback `address` of this process's /debug/pprof/; worker and broker have theirs at DIR/run/*-pprof.sock then; empty for none")
 			f.Int64Var(&u.workerUID, "worker-uid", -1, "user `id` that the worker runs as, without capabilities; it owns the tier (default the owner of --file-root, else 65534)")
 			sourceFlags(f, &u.fileRoot, &u.endpoints)
 			f.DurationVar(&u.deadline, "takeover-deadline", 10*time.Minute, "how long readers wait for a worker before their mount is given up")
@@ -148,7 +150,7 @@ func (u *up) source() string { return mountSource(u.dir) }
 
 // prepare checks the flags, reporting all mistakes, and makes the directories.
 func (u *up) prepare() error {
-	var errs []error
+	errs := []error{u.listens.validate()}
 	if os.Geteuid() != 0 {
 		errs = append(errs, errors.New("larder up makes mounts and needs root"))
 	}
@@ -275,16 +277,21 @@ func (u *up) runCSI(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return n.srv.Run(ctx) })
 	g.Go(func() error {
-		return serveProcessMetrics(ctx, u.metricsSocket("csi"), cacheworker.Probes{Ready: n.ready})
+		own := listens{metrics: u.metricsSocket("csi")}
+		return own.serve(ctx, "csi", telemetry.Probes{Ready: n.ready}, n.srv.Collector())
 	})
-	g.Go(func() error { return serveProcessMetrics(ctx, u.metrics, cacheworker.Probes{Ready: n.ready}) })
+	g.Go(func() error { return u.listens.serve(ctx, "up", telemetry.Probes{Ready: n.ready}, n.srv.Collector()) })
 	return g.Wait()
 }
 
 func (u *up) runBroker(ctx context.Context) error {
-	return u.keep(ctx, "broker", nil, nil, "broker", "--run-dir", u.runDir(), "--tier-dir", u.tier.dir, "--view", u.view(),
+	args := []string{"broker"}
+	if u.listens.profiles != "" {
+		args = append(args, "--pprof", "unix://"+filepath.Join(u.runDir(), "broker-pprof.sock"))
+	}
+	return u.keep(ctx, "broker", nil, nil, append(args, "--run-dir", u.runDir(), "--tier-dir", u.tier.dir, "--view", u.view(),
 		"--worker-uid", fmt.Sprint(u.workerUID), "--mount-source", u.source(), "--takeover-deadline", u.deadline.String(),
-		"--metrics-listen", u.metricsSocket("broker"), "--unmount-at-exit")
+		"--metrics-listen", u.metricsSocket("broker"), "--unmount-at-exit")...)
 }
 
 // runWorker passes directories by descriptor, so that a worker without rights needs none on
@@ -303,6 +310,9 @@ func (u *up) runWorker(ctx context.Context) error {
 		"--node-name", u.nodeName, "--master", "unix://" + at(0) + "/" + masterSocket, "--listen", "127.0.0.1:0", "--metrics-listen", "unix://" + at(0) + "/worker-metrics.sock"}
 	if u.fileRoot != "" {
 		args = append(args, "--file-root", u.fileRoot, "--file-root-path", at(3))
+	}
+	if u.listens.profiles != "" {
+		args = append(args, "--pprof", "unix://"+at(0)+"/worker-pprof.sock")
 	}
 	if u.memory.bytes > 0 {
 		args = append(args, "--memory", u.memory.String())

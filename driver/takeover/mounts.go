@@ -62,7 +62,7 @@ type Mounts struct {
 
 // New holds nothing yet.
 func New(cfg Config) *Mounts {
-	return &Mounts{cfg: cfg, patience: yieldTimeout, held: map[string]*Mount{}, came: make(chan struct{}), stopping: make(chan struct{}), observed: observe()}
+	return &Mounts{cfg: cfg, patience: yieldTimeout, held: map[string]*Mount{}, came: make(chan struct{}), stopping: make(chan struct{})}
 }
 
 // Close ends hand-overs and deadlines, and lets go of what is held.
@@ -348,7 +348,7 @@ func (ms *Mounts) giveUp(m *Mount) {
 	if m.served() {
 		why = fmt.Sprintf("requests were lost with a cache worker, on a kernel without FUSE_NOTIFY_RESEND, and waited for %v", ms.cfg.Deadline)
 	}
-	ms.givenUp.Inc()
+	ms.givenUp.Add(1)
 	ms.cfg.Log.Error("a mount is given up, its pods must be restarted", "volume", m.ID, "path", m.Path, "why", why)
 	table, err := mounttable.Read()                          // before: then it is still there
 	if err = errors.Join(err, ms.cfg.Abort(m)); err != nil { // else the connection ends with its last descriptor, which should be ours

@@ -1,57 +1,48 @@
 package takeover
 
 import (
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/telemetry"
 )
+
+// Metrics are a broker's.
+var Metrics = []telemetry.Metric{
+	{Name: "larder_broker_mounts", Help: "FUSE mounts held."},
+	{Name: "larder_broker_served_mounts", Help: "Mounts that a worker answers now."},
+	{Name: "larder_broker_takeover_stall_seconds", Help: "Time that a mount was without a worker before one took it over.", Histogram: true},
+	{Name: "larder_broker_given_up_mounts_total", Help: "Mounts that no worker took over in time: their pods had to be started again."},
+}
 
 // observed is what is counted since the start.
 type observed struct {
-	stalls  prometheus.Histogram // one observation a take-over
-	givenUp prometheus.Counter
+	stalls  telemetry.Latency // one observation a take-over
+	givenUp atomic.Int64
 }
 
-func observe() observed {
-	return observed{
-		prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "larder_broker_takeover_stall_seconds", Help: "Time that a mount was without a worker before one took it over.",
-			Buckets: []float64{.001, .01, .03, .1, .3, 1, 3, 10, 30, 100, 300},
-		}),
-		prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "larder_broker_given_up_mounts_total", Help: "Mounts that no worker took over in time: their pods had to be restarted.",
-		}),
-	}
-}
-
-var (
-	descHeld   = prometheus.NewDesc("larder_broker_mounts", "FUSE mounts held.", nil, nil)
-	descServed = prometheus.NewDesc("larder_broker_served_mounts", "Mounts that a worker answers now.", nil, nil)
-)
-
-// Describe implements prometheus.Collector.
-func (ms *Mounts) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(ms, ch) }
-
-// Collect implements prometheus.Collector.
-func (ms *Mounts) Collect(ch chan<- prometheus.Metric) {
-	held := ms.All()
-	served := 0
-	for _, m := range held {
-		if m.served() {
-			served++
+// Collector has the metrics of the mounts.
+func (ms *Mounts) Collector() prometheus.Collector {
+	return telemetry.NewCollector(Metrics, func(s telemetry.Scrape) {
+		held, served := ms.All(), 0
+		for _, m := range held {
+			if m.served() {
+				served++
+			}
 		}
-	}
-	ch <- prometheus.MustNewConstMetric(descHeld, prometheus.GaugeValue, float64(len(held)))
-	ch <- prometheus.MustNewConstMetric(descServed, prometheus.GaugeValue, float64(served))
-	ms.stalls.Collect(ch)
-	ms.givenUp.Collect(ch)
+		s.Set("larder_broker_mounts", float64(len(held)))
+		s.Set("larder_broker_served_mounts", float64(served))
+		s.Latency("larder_broker_takeover_stall_seconds", &ms.stalls)
+		s.Set("larder_broker_given_up_mounts_total", float64(ms.givenUp.Load()))
+	})
 }
 
 // tookOver notes that a worker serves a mount that another one served.
 func (ms *Mounts) tookOver(m *Mount, s *brokerwire.Session, stall time.Duration) error {
-	ms.stalls.Observe(stall.Seconds())
+	ms.stalls.Observe(stall)
 	ms.cfg.Log.Info("take-over", "volume", m.ID, "worker", s.UUID, "pid", s.PID, "stall", stall)
 	return m.Record.Update(func(st *brokerwire.State) {
 		st.Takeovers++

@@ -184,11 +184,11 @@ func TestATakeOverIsCountedAndTold(t *testing.T) {
 	if !got.Served || got.Worker != "second" || !got.WorkerSince.After(lost) || got.LongestStall <= 0 || got.LongestStall > got.WorkerSince.Sub(lost) {
 		t.Errorf("after a take-over: %+v, lost at %v", got, lost)
 	}
-	if n, sum := metric(t, ms, "larder_broker_takeover_stall_seconds"); n != 1 || sum != got.LongestStall.Seconds() {
+	if n, sum := metric(t, ms.Collector(), "larder_broker_takeover_stall_seconds"); n != 1 || sum != got.LongestStall.Seconds() {
 		t.Errorf("%v stalls of %v seconds, told are %v", n, sum, got.LongestStall)
 	}
 	for name, want := range map[string]float64{"larder_broker_mounts": 1, "larder_broker_served_mounts": 1, "larder_broker_given_up_mounts_total": 0} {
-		if n, _ := metric(t, ms, name); n != want {
+		if n, _ := metric(t, ms.Collector(), name); n != want {
 			t.Errorf("%s is %v", name, n)
 		}
 	}
@@ -223,7 +223,7 @@ func TestAMountWithoutAWorkerIsGivenUpAtTheDeadline(t *testing.T) {
 	if len(ms.All()) != 0 {
 		t.Error("it is held still")
 	}
-	if n, _ := metric(t, ms, "larder_broker_given_up_mounts_total"); n != 1 {
+	if n, _ := metric(t, ms.Collector(), "larder_broker_given_up_mounts_total"); n != 1 {
 		t.Errorf("%v are given up", n)
 	}
 	if _, err := m.Device.Stat(); !errors.Is(err, os.ErrClosed) {

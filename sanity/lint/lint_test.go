@@ -151,6 +151,7 @@ var layers = map[string]int{
 	"cacheworker/brokerwire":   1,
 	"driver/mounttable":        0,
 	"driver/takeover":          2,
+	"cacheworker/telemetry":    0,
 	"cacheworker/object":       0,
 }
 

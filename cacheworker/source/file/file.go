@@ -250,11 +250,16 @@ func sentinel(err error) error {
 // observe reports a request that began at start and ended as *err says: what the file system
 // refused is an answer, only that it could not be asked is not.
 func (s *Source) observe(kind source.Kind, start time.Time, err *error) {
-	var failed error
-	if errors.Is(*err, object.ErrUnavailable) {
-		failed = *err
+	how := source.OK
+	switch {
+	case errors.Is(*err, object.ErrUnavailable):
+		how = source.NoAnswer
+	case errors.Is(*err, object.ErrNotFound) || errors.Is(*err, object.ErrChanged):
+		how = source.Absent
+	case *err != nil:
+		how = source.Refused
 	}
-	s.observer.Requested(kind, time.Since(start), failed)
+	s.observer.Requested(kind, time.Since(start), how)
 }
 
 // local turns a prefix into a path that os.Root understands.

@@ -97,7 +97,7 @@ func (c *client) Do(req *http.Request) (*http.Response, error) {
 			pass.Failed(err, 0)
 		}
 		cancel(err)
-		c.observer.Requested(kind, time.Since(start), err)
+		c.observer.Requested(kind, time.Since(start), source.NoAnswer)
 		return nil, err
 	}
 	if inTrouble(resp.StatusCode) {
@@ -105,7 +105,7 @@ func (c *client) Do(req *http.Request) (*http.Response, error) {
 	} else {
 		pass.OK()
 	}
-	c.observer.Requested(kind, time.Since(start), nil)
+	c.observer.Requested(kind, time.Since(start), source.OutcomeOf(resp.StatusCode))
 	b := &timedBody{ReadCloser: resp.Body, ctx: ctx, cancel: cancel, idle: c.idle}
 	if kind == source.Get && resp.StatusCode < 300 {
 		b.observer = c.observer
