@@ -31,6 +31,8 @@ type Config struct {
 	MetricsListen string               // HTTP /metrics, /healthz and /readyz, in the same forms; "" for none
 	Metrics       *prometheus.Registry // where metrics are registered, without Go's and the process's; nil for an own one
 
+	MountObjects bool // mounts are changed by [Master.ApplyMounts] alone, and by no call
+
 	WorkerLease  time.Duration // how long a worker is believed alive without a heartbeat; whole seconds; 0 means 30s
 	WorkerForget time.Duration // how long one without a heartbeat is remembered; whole seconds; 0 means 1h, or the lease if that is longer
 	Version      string        // of the binary, for status

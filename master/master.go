@@ -22,6 +22,7 @@ import (
 	"github.com/larderfs/larder/cacheworker/telemetry"
 	"github.com/larderfs/larder/master/inventory"
 	"github.com/larderfs/larder/master/masterpb"
+	"github.com/larderfs/larder/master/record"
 	"github.com/larderfs/larder/master/registry"
 )
 
@@ -56,6 +57,18 @@ func (m *Master) Addr() string { return m.addr }
 
 // MetricsAddr is the bound form of Config.MetricsListen. Call it after Ready.
 func (m *Master) MetricsAddr() string { return m.webAddr }
+
+// errNotServing is told before the store is open, and after.
+var errNotServing = fmt.Errorf("the master is starting or stopping: %w", record.ErrUnavailable)
+
+// ApplyMounts has the mounts that are made from Kubernetes objects be these, each with its Object.
+func (m *Master) ApplyMounts(ctx context.Context, ms []record.Mount) error {
+	reg := m.serving.Load()
+	if reg == nil {
+		return errNotServing
+	}
+	return reg.ApplyMounts(ctx, ms)
+}
 
 // Run serves until ctx ends, and returns nil then; or until the store fails.
 func (m *Master) Run(ctx context.Context) error {
@@ -121,7 +134,7 @@ func (m *Master) serveGRPC(ctx context.Context, l net.Listener, reg *registry.Re
 	)
 	asker := inventory.NewAsker()
 	defer asker.Close()
-	masterpb.RegisterMasterServer(s, &server{reg: reg, asker: asker, master: m})
+	masterpb.RegisterMasterServer(s, &server{reg: reg, asker: asker, master: m, life: ctx})
 	failed := make(chan error, 1)
 	go func() { failed <- s.Serve(l) }()
 	select {

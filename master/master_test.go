@@ -466,7 +466,7 @@ func TestTheLastWorkerToRegisterIsTheNodes(t *testing.T) {
 func TestMountsAreKeptByPath(t *testing.T) {
 	m := start(t, master.Config{})
 	ctx := t.Context()
-	want := []client.Mount{{Path: "/a", URI: "s3://b/p", Options: params("region", "x")}, {Path: "/a/b", URI: "s3://c"}}
+	want := []client.Mount{{Path: "/a", URI: "s3://bkt/p", Options: params("region", "x")}, {Path: "/a/b", URI: "s3://ccc"}}
 	for _, mt := range []client.Mount{want[1], {Path: "/a", URI: "s3://old"}, want[0]} {
 		if err := m.PutMount(ctx, mt); err != nil {
 			t.Fatal(err)

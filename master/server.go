@@ -3,6 +3,7 @@ package master
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"os"
 	"slices"
 	"time"
@@ -23,6 +24,7 @@ type server struct {
 	reg    *registry.Registry
 	asker  *inventory.Asker
 	master *Master
+	life   context.Context // ends when the master is to end; for calls that last
 }
 
 // intercept bounds a call, and makes codes of errors.
@@ -129,21 +131,42 @@ func (s *server) GetCapacity(ctx context.Context, req *masterpb.GetCapacityReque
 	return masterpb.FromCapacity(c), err
 }
 
+// errObjects is why mounts are not changed by calls where they are those of Kubernetes objects: whoever
+// reaches this port could else give himself a mount, and who may change objects the cluster knows.
+var errObjects = fmt.Errorf("mounts are those of the cluster's Mount objects here (--mount-objects): kubectl apply one, or run larder mount with --kubeconfig: %w", record.ErrRefused)
+
 func (s *server) PutMount(ctx context.Context, req *masterpb.Mount) (*masterpb.PutMountResponse, error) {
-	return &masterpb.PutMountResponse{}, s.reg.PutMount(ctx, req.Record())
+	m := req.Record()
+	m.Object = ""
+	if s.master.cfg.MountObjects {
+		return nil, errObjects
+	}
+	return &masterpb.PutMountResponse{}, s.reg.PutMount(ctx, m)
 }
 
 func (s *server) ListMounts(ctx context.Context, _ *masterpb.ListMountsRequest) (*masterpb.ListMountsResponse, error) {
-	ms, err := s.reg.Mounts(ctx)
-	resp := &masterpb.ListMountsResponse{}
-	for _, m := range ms {
-		resp.Mounts = append(resp.Mounts, masterpb.FromMount(m))
-	}
-	return resp, err
+	t, err := s.reg.Mounts(ctx)
+	return &masterpb.ListMountsResponse{Mounts: masterpb.FromTable(t).GetMounts()}, err
 }
 
 func (s *server) DeleteMount(ctx context.Context, req *masterpb.DeleteMountRequest) (*masterpb.DeleteMountResponse, error) {
+	if s.master.cfg.MountObjects {
+		return nil, errObjects
+	}
 	return &masterpb.DeleteMountResponse{}, s.reg.DeleteMount(ctx, req.GetPath())
+}
+
+// FollowMounts ends with the master, or its stop would wait for those who follow.
+func (s *server) FollowMounts(_ *masterpb.FollowMountsRequest, stream grpc.ServerStreamingServer[masterpb.MountTable]) error {
+	ctx, cancel := context.WithCancel(stream.Context())
+	defer cancel()
+	defer context.AfterFunc(s.life, cancel)()
+	err := s.reg.FollowMounts(ctx, func(t record.Table) error { return stream.Send(masterpb.FromTable(t)) })
+	return masterpb.ToStatus(err)
+}
+
+func (s *server) RestoreMounts(ctx context.Context, req *masterpb.MountTable) (*masterpb.RestoreMountsResponse, error) {
+	return &masterpb.RestoreMountsResponse{}, s.reg.RestoreMounts(ctx, req.Record())
 }
 
 func (s *server) Status(ctx context.Context, _ *masterpb.StatusRequest) (*masterpb.MasterStatus, error) {

@@ -161,6 +161,7 @@ func embeddedConfig(dir string) *embed.Config {
 	c.SnapshotCount, c.SnapshotCatchUpEntries = 2000, 100
 	c.MaxSnapFiles, c.MaxWalFiles = 2, 2
 	c.QuotaBackendBytes = 1 << 30
+	c.MaxTxnOps = 4096 // a mount table is restored at once
 	return c
 }
 

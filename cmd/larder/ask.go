@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -45,10 +46,11 @@ func (q *question) ask(ctx context.Context, f func(context.Context, *client.Clie
 		return err
 	}
 	defer m.Close()
-	if err := f(ctx, m); err != nil {
-		return fmt.Errorf("ask the master at %s: %w", target, err)
+	err = f(ctx, m)
+	if errors.Is(err, client.ErrUnavailable) {
+		err = fmt.Errorf("ask the master at %s: %w", target, err)
 	}
-	return nil
+	return err
 }
 
 func printJSON(w io.Writer, v any) error {

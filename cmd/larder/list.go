@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -201,7 +202,7 @@ func printVolumes(out io.Writer, entries []volumeEntry) error {
 	t := newTable(out)
 	fmt.Fprintln(t, "VOLUME\tNAME\tSOURCE\tBOUND\tNODE\tPODS")
 	for _, e := range entries {
-		name, source := e.Name, e.Parameters["source"]
+		name, source := e.Name, cmp.Or(e.Parameters["source"], e.Parameters["path"])
 		switch {
 		case e.Inline:
 			name = "(inline)"

@@ -42,6 +42,7 @@ type (
 	Located      = record.Located
 	Capacity     = record.Capacity
 	Mount        = record.Mount
+	Table        = record.Table
 	Status       = record.Status
 )
 
@@ -53,7 +54,20 @@ var (
 	ErrExhausted   = record.ErrExhausted
 	ErrBadToken    = record.ErrBadToken
 	ErrUnavailable = record.ErrUnavailable
+	ErrRefused     = record.ErrRefused
 )
+
+// In a mount's list of Kubernetes namespaces.
+const (
+	AllNamespaces = record.AllNamespaces
+	NoNamespace   = record.NoNamespace
+)
+
+// ParseMount makes a mount of what people write. It names all that is wrong, as ErrInvalid.
+func ParseMount(m Mount) (Mount, error) { return record.ParseMount(m) }
+
+// ParsePath reads a path of the namespace as people write it.
+func ParsePath(s string) (string, error) { return record.ParsePath(s) }
 
 // ValidID reports whether the master can know a volume by that id.
 func ValidID(id string) bool { return record.ValidID(id) }

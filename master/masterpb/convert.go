@@ -25,6 +25,7 @@ var codeOf = []struct {
 	{record.ErrExhausted, codes.ResourceExhausted},
 	{record.ErrBadToken, codes.OutOfRange},
 	{record.ErrUnavailable, codes.Unavailable},
+	{record.ErrRefused, codes.FailedPrecondition},
 	{context.DeadlineExceeded, codes.DeadlineExceeded},
 	{context.Canceled, codes.Canceled},
 }
@@ -218,11 +219,33 @@ func (x *Capacity) Record() record.Capacity {
 }
 
 // FromMount makes the message.
-func FromMount(m record.Mount) *Mount { return &Mount{Path: m.Path, Uri: m.URI, Options: m.Options} }
+func FromMount(m record.Mount) *Mount {
+	return &Mount{Path: m.Path, Uri: m.URI, Options: m.Options, ReadOnly: m.ReadOnly, Credential: m.Credential,
+		AllowInline: m.AllowInline, AllowClass: m.AllowClass, Object: m.Object}
+}
 
 // Record is the inverse of FromMount.
 func (x *Mount) Record() record.Mount {
-	return record.Mount{Path: x.GetPath(), URI: x.GetUri(), Options: x.GetOptions()}
+	return record.Mount{Path: x.GetPath(), URI: x.GetUri(), Options: x.GetOptions(), ReadOnly: x.GetReadOnly(), Credential: x.GetCredential(),
+		AllowInline: x.GetAllowInline(), AllowClass: x.GetAllowClass(), Object: x.GetObject()}
+}
+
+// FromTable makes the message.
+func FromTable(t record.Table) *MountTable {
+	x := &MountTable{Id: t.ID}
+	for _, m := range t.Mounts {
+		x.Mounts = append(x.Mounts, FromMount(m))
+	}
+	return x
+}
+
+// Record is the inverse of FromTable.
+func (x *MountTable) Record() record.Table {
+	t := record.Table{ID: x.GetId()}
+	for _, m := range x.GetMounts() {
+		t.Mounts = append(t.Mounts, m.Record())
+	}
+	return t
 }
 
 // FromMasterStatus makes the message.

@@ -1304,9 +1304,14 @@ func (x *Capacity) GetLargestBytes() int64 {
 
 type Mount struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // absolute, clean; where in the namespace
-	Uri           string                 `protobuf:"bytes,2,opt,name=uri,proto3" json:"uri,omitempty"`   // the under store: s3://bucket/prefix, …
-	Options       map[string]string      `protobuf:"bytes,3,rep,name=options,proto3" json:"options,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`                                                                                 // absolute, clean; where in the namespace
+	Uri           string                 `protobuf:"bytes,2,opt,name=uri,proto3" json:"uri,omitempty"`                                                                                   // the under store: s3://bucket/prefix, …
+	Options       map[string]string      `protobuf:"bytes,3,rep,name=options,proto3" json:"options,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // endpoint, region, pathStyle
+	ReadOnly      bool                   `protobuf:"varint,4,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	Credential    string                 `protobuf:"bytes,5,opt,name=credential,proto3" json:"credential,omitempty"`                      // where it is: secret:namespace/name, file:/path, env:PREFIX_; "" is the volume's own
+	AllowInline   []string               `protobuf:"bytes,6,rep,name=allow_inline,json=allowInline,proto3" json:"allow_inline,omitempty"` // Kubernetes namespaces whose inline volumes may use it; "*" is all; without any, none
+	AllowClass    []string               `protobuf:"bytes,7,rep,name=allow_class,json=allowClass,proto3" json:"allow_class,omitempty"`    // whose claims may; "-" is none; without any, all
+	Object        string                 `protobuf:"bytes,8,opt,name=object,proto3" json:"object,omitempty"`                              // name of the Kubernetes object that it is made from; "" for none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1362,6 +1367,41 @@ func (x *Mount) GetOptions() map[string]string {
 	return nil
 }
 
+func (x *Mount) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
+func (x *Mount) GetCredential() string {
+	if x != nil {
+		return x.Credential
+	}
+	return ""
+}
+
+func (x *Mount) GetAllowInline() []string {
+	if x != nil {
+		return x.AllowInline
+	}
+	return nil
+}
+
+func (x *Mount) GetAllowClass() []string {
+	if x != nil {
+		return x.AllowClass
+	}
+	return nil
+}
+
+func (x *Mount) GetObject() string {
+	if x != nil {
+		return x.Object
+	}
+	return ""
+}
+
 type PutMountResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1398,6 +1438,130 @@ func (*PutMountResponse) Descriptor() ([]byte, []int) {
 	return file_master_masterpb_master_proto_rawDescGZIP(), []int{21}
 }
 
+type FollowMountsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowMountsRequest) Reset() {
+	*x = FollowMountsRequest{}
+	mi := &file_master_masterpb_master_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowMountsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowMountsRequest) ProtoMessage() {}
+
+func (x *FollowMountsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowMountsRequest.ProtoReflect.Descriptor instead.
+func (*FollowMountsRequest) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{22}
+}
+
+type MountTable struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`         // made with the first mount; "" of a master that never had one
+	Mounts        []*Mount               `protobuf:"bytes,2,rep,name=mounts,proto3" json:"mounts,omitempty"` // by path
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MountTable) Reset() {
+	*x = MountTable{}
+	mi := &file_master_masterpb_master_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MountTable) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MountTable) ProtoMessage() {}
+
+func (x *MountTable) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MountTable.ProtoReflect.Descriptor instead.
+func (*MountTable) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *MountTable) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *MountTable) GetMounts() []*Mount {
+	if x != nil {
+		return x.Mounts
+	}
+	return nil
+}
+
+type RestoreMountsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreMountsResponse) Reset() {
+	*x = RestoreMountsResponse{}
+	mi := &file_master_masterpb_master_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreMountsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreMountsResponse) ProtoMessage() {}
+
+func (x *RestoreMountsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreMountsResponse.ProtoReflect.Descriptor instead.
+func (*RestoreMountsResponse) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{24}
+}
+
 type ListMountsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1406,7 +1570,7 @@ type ListMountsRequest struct {
 
 func (x *ListMountsRequest) Reset() {
 	*x = ListMountsRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[22]
+	mi := &file_master_masterpb_master_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1418,7 +1582,7 @@ func (x *ListMountsRequest) String() string {
 func (*ListMountsRequest) ProtoMessage() {}
 
 func (x *ListMountsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[22]
+	mi := &file_master_masterpb_master_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1431,7 +1595,7 @@ func (x *ListMountsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMountsRequest.ProtoReflect.Descriptor instead.
 func (*ListMountsRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{22}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{25}
 }
 
 type ListMountsResponse struct {
@@ -1443,7 +1607,7 @@ type ListMountsResponse struct {
 
 func (x *ListMountsResponse) Reset() {
 	*x = ListMountsResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[23]
+	mi := &file_master_masterpb_master_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1455,7 +1619,7 @@ func (x *ListMountsResponse) String() string {
 func (*ListMountsResponse) ProtoMessage() {}
 
 func (x *ListMountsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[23]
+	mi := &file_master_masterpb_master_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1468,7 +1632,7 @@ func (x *ListMountsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMountsResponse.ProtoReflect.Descriptor instead.
 func (*ListMountsResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{23}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListMountsResponse) GetMounts() []*Mount {
@@ -1487,7 +1651,7 @@ type DeleteMountRequest struct {
 
 func (x *DeleteMountRequest) Reset() {
 	*x = DeleteMountRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[24]
+	mi := &file_master_masterpb_master_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1499,7 +1663,7 @@ func (x *DeleteMountRequest) String() string {
 func (*DeleteMountRequest) ProtoMessage() {}
 
 func (x *DeleteMountRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[24]
+	mi := &file_master_masterpb_master_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1512,7 +1676,7 @@ func (x *DeleteMountRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteMountRequest.ProtoReflect.Descriptor instead.
 func (*DeleteMountRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{24}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DeleteMountRequest) GetPath() string {
@@ -1530,7 +1694,7 @@ type DeleteMountResponse struct {
 
 func (x *DeleteMountResponse) Reset() {
 	*x = DeleteMountResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[25]
+	mi := &file_master_masterpb_master_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1542,7 +1706,7 @@ func (x *DeleteMountResponse) String() string {
 func (*DeleteMountResponse) ProtoMessage() {}
 
 func (x *DeleteMountResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[25]
+	mi := &file_master_masterpb_master_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1555,7 +1719,7 @@ func (x *DeleteMountResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteMountResponse.ProtoReflect.Descriptor instead.
 func (*DeleteMountResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{25}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{28}
 }
 
 type LocateRequest struct {
@@ -1568,7 +1732,7 @@ type LocateRequest struct {
 
 func (x *LocateRequest) Reset() {
 	*x = LocateRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[26]
+	mi := &file_master_masterpb_master_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1580,7 +1744,7 @@ func (x *LocateRequest) String() string {
 func (*LocateRequest) ProtoMessage() {}
 
 func (x *LocateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[26]
+	mi := &file_master_masterpb_master_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1593,7 +1757,7 @@ func (x *LocateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocateRequest.ProtoReflect.Descriptor instead.
 func (*LocateRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{26}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *LocateRequest) GetUri() string {
@@ -1619,7 +1783,7 @@ type LocateResponse struct {
 
 func (x *LocateResponse) Reset() {
 	*x = LocateResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[27]
+	mi := &file_master_masterpb_master_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1631,7 +1795,7 @@ func (x *LocateResponse) String() string {
 func (*LocateResponse) ProtoMessage() {}
 
 func (x *LocateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[27]
+	mi := &file_master_masterpb_master_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1644,7 +1808,7 @@ func (x *LocateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocateResponse.ProtoReflect.Descriptor instead.
 func (*LocateResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{27}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *LocateResponse) GetWorkers() []*Located {
@@ -1668,7 +1832,7 @@ type Located struct {
 
 func (x *Located) Reset() {
 	*x = Located{}
-	mi := &file_master_masterpb_master_proto_msgTypes[28]
+	mi := &file_master_masterpb_master_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1680,7 +1844,7 @@ func (x *Located) String() string {
 func (*Located) ProtoMessage() {}
 
 func (x *Located) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[28]
+	mi := &file_master_masterpb_master_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1693,7 +1857,7 @@ func (x *Located) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Located.ProtoReflect.Descriptor instead.
 func (*Located) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{28}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Located) GetNode() string {
@@ -1739,7 +1903,7 @@ type CountersRequest struct {
 
 func (x *CountersRequest) Reset() {
 	*x = CountersRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[29]
+	mi := &file_master_masterpb_master_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1751,7 +1915,7 @@ func (x *CountersRequest) String() string {
 func (*CountersRequest) ProtoMessage() {}
 
 func (x *CountersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[29]
+	mi := &file_master_masterpb_master_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1764,7 +1928,7 @@ func (x *CountersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountersRequest.ProtoReflect.Descriptor instead.
 func (*CountersRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{29}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{32}
 }
 
 type WorkerCounters struct {
@@ -1777,7 +1941,7 @@ type WorkerCounters struct {
 
 func (x *WorkerCounters) Reset() {
 	*x = WorkerCounters{}
-	mi := &file_master_masterpb_master_proto_msgTypes[30]
+	mi := &file_master_masterpb_master_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1789,7 +1953,7 @@ func (x *WorkerCounters) String() string {
 func (*WorkerCounters) ProtoMessage() {}
 
 func (x *WorkerCounters) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[30]
+	mi := &file_master_masterpb_master_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1802,7 +1966,7 @@ func (x *WorkerCounters) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkerCounters.ProtoReflect.Descriptor instead.
 func (*WorkerCounters) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{30}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *WorkerCounters) GetUuid() string {
@@ -1829,7 +1993,7 @@ type HeldRequest struct {
 
 func (x *HeldRequest) Reset() {
 	*x = HeldRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[31]
+	mi := &file_master_masterpb_master_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1841,7 +2005,7 @@ func (x *HeldRequest) String() string {
 func (*HeldRequest) ProtoMessage() {}
 
 func (x *HeldRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[31]
+	mi := &file_master_masterpb_master_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1854,7 +2018,7 @@ func (x *HeldRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldRequest.ProtoReflect.Descriptor instead.
 func (*HeldRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{31}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *HeldRequest) GetUri() string {
@@ -1884,7 +2048,7 @@ type HeldResponse struct {
 
 func (x *HeldResponse) Reset() {
 	*x = HeldResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[32]
+	mi := &file_master_masterpb_master_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1896,7 +2060,7 @@ func (x *HeldResponse) String() string {
 func (*HeldResponse) ProtoMessage() {}
 
 func (x *HeldResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[32]
+	mi := &file_master_masterpb_master_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1909,7 +2073,7 @@ func (x *HeldResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldResponse.ProtoReflect.Descriptor instead.
 func (*HeldResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{32}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *HeldResponse) GetUuid() string {
@@ -1955,7 +2119,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[33]
+	mi := &file_master_masterpb_master_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1967,7 +2131,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[33]
+	mi := &file_master_masterpb_master_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1980,7 +2144,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{33}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{36}
 }
 
 type MasterStatus struct {
@@ -2000,7 +2164,7 @@ type MasterStatus struct {
 
 func (x *MasterStatus) Reset() {
 	*x = MasterStatus{}
-	mi := &file_master_masterpb_master_proto_msgTypes[34]
+	mi := &file_master_masterpb_master_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2012,7 +2176,7 @@ func (x *MasterStatus) String() string {
 func (*MasterStatus) ProtoMessage() {}
 
 func (x *MasterStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[34]
+	mi := &file_master_masterpb_master_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2025,7 +2189,7 @@ func (x *MasterStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MasterStatus.ProtoReflect.Descriptor instead.
 func (*MasterStatus) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{34}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *MasterStatus) GetVersion() string {
@@ -2206,15 +2370,29 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\x0ecapacity_bytes\x18\x01 \x01(\x03R\rcapacityBytes\x12%\n" +
 	"\x0ereserved_bytes\x18\x02 \x01(\x03R\rreservedBytes\x12'\n" +
 	"\x0favailable_bytes\x18\x03 \x01(\x03R\x0eavailableBytes\x12#\n" +
-	"\rlargest_bytes\x18\x04 \x01(\x03R\flargestBytes\"\xa9\x01\n" +
+	"\rlargest_bytes\x18\x04 \x01(\x03R\flargestBytes\"\xc2\x02\n" +
 	"\x05Mount\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x10\n" +
 	"\x03uri\x18\x02 \x01(\tR\x03uri\x12>\n" +
-	"\aoptions\x18\x03 \x03(\v2$.larder.master.v1.Mount.OptionsEntryR\aoptions\x1a:\n" +
+	"\aoptions\x18\x03 \x03(\v2$.larder.master.v1.Mount.OptionsEntryR\aoptions\x12\x1b\n" +
+	"\tread_only\x18\x04 \x01(\bR\breadOnly\x12\x1e\n" +
+	"\n" +
+	"credential\x18\x05 \x01(\tR\n" +
+	"credential\x12!\n" +
+	"\fallow_inline\x18\x06 \x03(\tR\vallowInline\x12\x1f\n" +
+	"\vallow_class\x18\a \x03(\tR\n" +
+	"allowClass\x12\x16\n" +
+	"\x06object\x18\b \x01(\tR\x06object\x1a:\n" +
 	"\fOptionsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x12\n" +
-	"\x10PutMountResponse\"\x13\n" +
+	"\x10PutMountResponse\"\x15\n" +
+	"\x13FollowMountsRequest\"M\n" +
+	"\n" +
+	"MountTable\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
+	"\x06mounts\x18\x02 \x03(\v2\x17.larder.master.v1.MountR\x06mounts\"\x17\n" +
+	"\x15RestoreMountsResponse\"\x13\n" +
 	"\x11ListMountsRequest\"E\n" +
 	"\x12ListMountsResponse\x12/\n" +
 	"\x06mounts\x18\x01 \x03(\v2\x17.larder.master.v1.MountR\x06mounts\"(\n" +
@@ -2258,7 +2436,8 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\x0estore_revision\x18\x06 \x01(\x03R\rstoreRevision\x12\x18\n" +
 	"\aworkers\x18\a \x01(\x03R\aworkers\x12\x18\n" +
 	"\avolumes\x18\b \x01(\x03R\avolumes\x12\x16\n" +
-	"\x06mounts\x18\t \x01(\x03R\x06mounts2\xdd\b\n" +
+	"\x06mounts\x18\t \x01(\x03R\x06mounts2\x8c\n" +
+	"\n" +
 	"\x06Master\x12c\n" +
 	"\x0eRegisterWorker\x12'.larder.master.v1.RegisterWorkerRequest\x1a(.larder.master.v1.RegisterWorkerResponse\x12T\n" +
 	"\tHeartbeat\x12\".larder.master.v1.HeartbeatRequest\x1a#.larder.master.v1.HeartbeatResponse\x12Z\n" +
@@ -2271,7 +2450,9 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\bPutMount\x12\x17.larder.master.v1.Mount\x1a\".larder.master.v1.PutMountResponse\x12W\n" +
 	"\n" +
 	"ListMounts\x12#.larder.master.v1.ListMountsRequest\x1a$.larder.master.v1.ListMountsResponse\x12Z\n" +
-	"\vDeleteMount\x12$.larder.master.v1.DeleteMountRequest\x1a%.larder.master.v1.DeleteMountResponse\x12K\n" +
+	"\vDeleteMount\x12$.larder.master.v1.DeleteMountRequest\x1a%.larder.master.v1.DeleteMountResponse\x12U\n" +
+	"\fFollowMounts\x12%.larder.master.v1.FollowMountsRequest\x1a\x1c.larder.master.v1.MountTable0\x01\x12V\n" +
+	"\rRestoreMounts\x12\x1c.larder.master.v1.MountTable\x1a'.larder.master.v1.RestoreMountsResponse\x12K\n" +
 	"\x06Locate\x12\x1f.larder.master.v1.LocateRequest\x1a .larder.master.v1.LocateResponse\x12I\n" +
 	"\x06Status\x12\x1f.larder.master.v1.StatusRequest\x1a\x1e.larder.master.v1.MasterStatus2\xa3\x01\n" +
 	"\tInventory\x12O\n" +
@@ -2290,7 +2471,7 @@ func file_master_masterpb_master_proto_rawDescGZIP() []byte {
 	return file_master_masterpb_master_proto_rawDescData
 }
 
-var file_master_masterpb_master_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_master_masterpb_master_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
 var file_master_masterpb_master_proto_goTypes = []any{
 	(*Worker)(nil),                 // 0: larder.master.v1.Worker
 	(*PublishedVolume)(nil),        // 1: larder.master.v1.PublishedVolume
@@ -2314,82 +2495,90 @@ var file_master_masterpb_master_proto_goTypes = []any{
 	(*Capacity)(nil),               // 19: larder.master.v1.Capacity
 	(*Mount)(nil),                  // 20: larder.master.v1.Mount
 	(*PutMountResponse)(nil),       // 21: larder.master.v1.PutMountResponse
-	(*ListMountsRequest)(nil),      // 22: larder.master.v1.ListMountsRequest
-	(*ListMountsResponse)(nil),     // 23: larder.master.v1.ListMountsResponse
-	(*DeleteMountRequest)(nil),     // 24: larder.master.v1.DeleteMountRequest
-	(*DeleteMountResponse)(nil),    // 25: larder.master.v1.DeleteMountResponse
-	(*LocateRequest)(nil),          // 26: larder.master.v1.LocateRequest
-	(*LocateResponse)(nil),         // 27: larder.master.v1.LocateResponse
-	(*Located)(nil),                // 28: larder.master.v1.Located
-	(*CountersRequest)(nil),        // 29: larder.master.v1.CountersRequest
-	(*WorkerCounters)(nil),         // 30: larder.master.v1.WorkerCounters
-	(*HeldRequest)(nil),            // 31: larder.master.v1.HeldRequest
-	(*HeldResponse)(nil),           // 32: larder.master.v1.HeldResponse
-	(*StatusRequest)(nil),          // 33: larder.master.v1.StatusRequest
-	(*MasterStatus)(nil),           // 34: larder.master.v1.MasterStatus
-	nil,                            // 35: larder.master.v1.Volume.ParametersEntry
-	nil,                            // 36: larder.master.v1.CreateVolumeRequest.ParametersEntry
-	nil,                            // 37: larder.master.v1.Mount.OptionsEntry
-	(*timestamppb.Timestamp)(nil),  // 38: google.protobuf.Timestamp
+	(*FollowMountsRequest)(nil),    // 22: larder.master.v1.FollowMountsRequest
+	(*MountTable)(nil),             // 23: larder.master.v1.MountTable
+	(*RestoreMountsResponse)(nil),  // 24: larder.master.v1.RestoreMountsResponse
+	(*ListMountsRequest)(nil),      // 25: larder.master.v1.ListMountsRequest
+	(*ListMountsResponse)(nil),     // 26: larder.master.v1.ListMountsResponse
+	(*DeleteMountRequest)(nil),     // 27: larder.master.v1.DeleteMountRequest
+	(*DeleteMountResponse)(nil),    // 28: larder.master.v1.DeleteMountResponse
+	(*LocateRequest)(nil),          // 29: larder.master.v1.LocateRequest
+	(*LocateResponse)(nil),         // 30: larder.master.v1.LocateResponse
+	(*Located)(nil),                // 31: larder.master.v1.Located
+	(*CountersRequest)(nil),        // 32: larder.master.v1.CountersRequest
+	(*WorkerCounters)(nil),         // 33: larder.master.v1.WorkerCounters
+	(*HeldRequest)(nil),            // 34: larder.master.v1.HeldRequest
+	(*HeldResponse)(nil),           // 35: larder.master.v1.HeldResponse
+	(*StatusRequest)(nil),          // 36: larder.master.v1.StatusRequest
+	(*MasterStatus)(nil),           // 37: larder.master.v1.MasterStatus
+	nil,                            // 38: larder.master.v1.Volume.ParametersEntry
+	nil,                            // 39: larder.master.v1.CreateVolumeRequest.ParametersEntry
+	nil,                            // 40: larder.master.v1.Mount.OptionsEntry
+	(*timestamppb.Timestamp)(nil),  // 41: google.protobuf.Timestamp
 }
 var file_master_masterpb_master_proto_depIdxs = []int32{
 	1,  // 0: larder.master.v1.Worker.volumes:type_name -> larder.master.v1.PublishedVolume
-	38, // 1: larder.master.v1.Worker.registered:type_name -> google.protobuf.Timestamp
-	38, // 2: larder.master.v1.Worker.seen:type_name -> google.protobuf.Timestamp
+	41, // 1: larder.master.v1.Worker.registered:type_name -> google.protobuf.Timestamp
+	41, // 2: larder.master.v1.Worker.seen:type_name -> google.protobuf.Timestamp
 	3,  // 3: larder.master.v1.Worker.stats:type_name -> larder.master.v1.WorkerStats
 	4,  // 4: larder.master.v1.Worker.holdings:type_name -> larder.master.v1.Holding
 	11, // 5: larder.master.v1.PublishedVolume.volume:type_name -> larder.master.v1.Volume
 	2,  // 6: larder.master.v1.PublishedVolume.pods:type_name -> larder.master.v1.Pod
-	38, // 7: larder.master.v1.WorkerStats.started:type_name -> google.protobuf.Timestamp
+	41, // 7: larder.master.v1.WorkerStats.started:type_name -> google.protobuf.Timestamp
 	0,  // 8: larder.master.v1.RegisterWorkerRequest.worker:type_name -> larder.master.v1.Worker
 	3,  // 9: larder.master.v1.HeartbeatRequest.stats:type_name -> larder.master.v1.WorkerStats
 	4,  // 10: larder.master.v1.HeartbeatRequest.holdings:type_name -> larder.master.v1.Holding
 	0,  // 11: larder.master.v1.ListWorkersResponse.workers:type_name -> larder.master.v1.Worker
-	35, // 12: larder.master.v1.Volume.parameters:type_name -> larder.master.v1.Volume.ParametersEntry
-	38, // 13: larder.master.v1.Volume.created:type_name -> google.protobuf.Timestamp
-	36, // 14: larder.master.v1.CreateVolumeRequest.parameters:type_name -> larder.master.v1.CreateVolumeRequest.ParametersEntry
+	38, // 12: larder.master.v1.Volume.parameters:type_name -> larder.master.v1.Volume.ParametersEntry
+	41, // 13: larder.master.v1.Volume.created:type_name -> google.protobuf.Timestamp
+	39, // 14: larder.master.v1.CreateVolumeRequest.parameters:type_name -> larder.master.v1.CreateVolumeRequest.ParametersEntry
 	11, // 15: larder.master.v1.ListVolumesResponse.volumes:type_name -> larder.master.v1.Volume
-	37, // 16: larder.master.v1.Mount.options:type_name -> larder.master.v1.Mount.OptionsEntry
-	20, // 17: larder.master.v1.ListMountsResponse.mounts:type_name -> larder.master.v1.Mount
-	28, // 18: larder.master.v1.LocateResponse.workers:type_name -> larder.master.v1.Located
-	32, // 19: larder.master.v1.Located.held:type_name -> larder.master.v1.HeldResponse
-	3,  // 20: larder.master.v1.WorkerCounters.stats:type_name -> larder.master.v1.WorkerStats
-	38, // 21: larder.master.v1.MasterStatus.started:type_name -> google.protobuf.Timestamp
-	5,  // 22: larder.master.v1.Master.RegisterWorker:input_type -> larder.master.v1.RegisterWorkerRequest
-	7,  // 23: larder.master.v1.Master.Heartbeat:input_type -> larder.master.v1.HeartbeatRequest
-	9,  // 24: larder.master.v1.Master.ListWorkers:input_type -> larder.master.v1.ListWorkersRequest
-	12, // 25: larder.master.v1.Master.CreateVolume:input_type -> larder.master.v1.CreateVolumeRequest
-	13, // 26: larder.master.v1.Master.DeleteVolume:input_type -> larder.master.v1.DeleteVolumeRequest
-	15, // 27: larder.master.v1.Master.GetVolume:input_type -> larder.master.v1.GetVolumeRequest
-	16, // 28: larder.master.v1.Master.ListVolumes:input_type -> larder.master.v1.ListVolumesRequest
-	18, // 29: larder.master.v1.Master.GetCapacity:input_type -> larder.master.v1.GetCapacityRequest
-	20, // 30: larder.master.v1.Master.PutMount:input_type -> larder.master.v1.Mount
-	22, // 31: larder.master.v1.Master.ListMounts:input_type -> larder.master.v1.ListMountsRequest
-	24, // 32: larder.master.v1.Master.DeleteMount:input_type -> larder.master.v1.DeleteMountRequest
-	26, // 33: larder.master.v1.Master.Locate:input_type -> larder.master.v1.LocateRequest
-	33, // 34: larder.master.v1.Master.Status:input_type -> larder.master.v1.StatusRequest
-	29, // 35: larder.master.v1.Inventory.Counters:input_type -> larder.master.v1.CountersRequest
-	31, // 36: larder.master.v1.Inventory.Held:input_type -> larder.master.v1.HeldRequest
-	6,  // 37: larder.master.v1.Master.RegisterWorker:output_type -> larder.master.v1.RegisterWorkerResponse
-	8,  // 38: larder.master.v1.Master.Heartbeat:output_type -> larder.master.v1.HeartbeatResponse
-	10, // 39: larder.master.v1.Master.ListWorkers:output_type -> larder.master.v1.ListWorkersResponse
-	11, // 40: larder.master.v1.Master.CreateVolume:output_type -> larder.master.v1.Volume
-	14, // 41: larder.master.v1.Master.DeleteVolume:output_type -> larder.master.v1.DeleteVolumeResponse
-	11, // 42: larder.master.v1.Master.GetVolume:output_type -> larder.master.v1.Volume
-	17, // 43: larder.master.v1.Master.ListVolumes:output_type -> larder.master.v1.ListVolumesResponse
-	19, // 44: larder.master.v1.Master.GetCapacity:output_type -> larder.master.v1.Capacity
-	21, // 45: larder.master.v1.Master.PutMount:output_type -> larder.master.v1.PutMountResponse
-	23, // 46: larder.master.v1.Master.ListMounts:output_type -> larder.master.v1.ListMountsResponse
-	25, // 47: larder.master.v1.Master.DeleteMount:output_type -> larder.master.v1.DeleteMountResponse
-	27, // 48: larder.master.v1.Master.Locate:output_type -> larder.master.v1.LocateResponse
-	34, // 49: larder.master.v1.Master.Status:output_type -> larder.master.v1.MasterStatus
-	30, // 50: larder.master.v1.Inventory.Counters:output_type -> larder.master.v1.WorkerCounters
-	32, // 51: larder.master.v1.Inventory.Held:output_type -> larder.master.v1.HeldResponse
-	37, // [37:52] is the sub-list for method output_type
-	22, // [22:37] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	40, // 16: larder.master.v1.Mount.options:type_name -> larder.master.v1.Mount.OptionsEntry
+	20, // 17: larder.master.v1.MountTable.mounts:type_name -> larder.master.v1.Mount
+	20, // 18: larder.master.v1.ListMountsResponse.mounts:type_name -> larder.master.v1.Mount
+	31, // 19: larder.master.v1.LocateResponse.workers:type_name -> larder.master.v1.Located
+	35, // 20: larder.master.v1.Located.held:type_name -> larder.master.v1.HeldResponse
+	3,  // 21: larder.master.v1.WorkerCounters.stats:type_name -> larder.master.v1.WorkerStats
+	41, // 22: larder.master.v1.MasterStatus.started:type_name -> google.protobuf.Timestamp
+	5,  // 23: larder.master.v1.Master.RegisterWorker:input_type -> larder.master.v1.RegisterWorkerRequest
+	7,  // 24: larder.master.v1.Master.Heartbeat:input_type -> larder.master.v1.HeartbeatRequest
+	9,  // 25: larder.master.v1.Master.ListWorkers:input_type -> larder.master.v1.ListWorkersRequest
+	12, // 26: larder.master.v1.Master.CreateVolume:input_type -> larder.master.v1.CreateVolumeRequest
+	13, // 27: larder.master.v1.Master.DeleteVolume:input_type -> larder.master.v1.DeleteVolumeRequest
+	15, // 28: larder.master.v1.Master.GetVolume:input_type -> larder.master.v1.GetVolumeRequest
+	16, // 29: larder.master.v1.Master.ListVolumes:input_type -> larder.master.v1.ListVolumesRequest
+	18, // 30: larder.master.v1.Master.GetCapacity:input_type -> larder.master.v1.GetCapacityRequest
+	20, // 31: larder.master.v1.Master.PutMount:input_type -> larder.master.v1.Mount
+	25, // 32: larder.master.v1.Master.ListMounts:input_type -> larder.master.v1.ListMountsRequest
+	27, // 33: larder.master.v1.Master.DeleteMount:input_type -> larder.master.v1.DeleteMountRequest
+	22, // 34: larder.master.v1.Master.FollowMounts:input_type -> larder.master.v1.FollowMountsRequest
+	23, // 35: larder.master.v1.Master.RestoreMounts:input_type -> larder.master.v1.MountTable
+	29, // 36: larder.master.v1.Master.Locate:input_type -> larder.master.v1.LocateRequest
+	36, // 37: larder.master.v1.Master.Status:input_type -> larder.master.v1.StatusRequest
+	32, // 38: larder.master.v1.Inventory.Counters:input_type -> larder.master.v1.CountersRequest
+	34, // 39: larder.master.v1.Inventory.Held:input_type -> larder.master.v1.HeldRequest
+	6,  // 40: larder.master.v1.Master.RegisterWorker:output_type -> larder.master.v1.RegisterWorkerResponse
+	8,  // 41: larder.master.v1.Master.Heartbeat:output_type -> larder.master.v1.HeartbeatResponse
+	10, // 42: larder.master.v1.Master.ListWorkers:output_type -> larder.master.v1.ListWorkersResponse
+	11, // 43: larder.master.v1.Master.CreateVolume:output_type -> larder.master.v1.Volume
+	14, // 44: larder.master.v1.Master.DeleteVolume:output_type -> larder.master.v1.DeleteVolumeResponse
+	11, // 45: larder.master.v1.Master.GetVolume:output_type -> larder.master.v1.Volume
+	17, // 46: larder.master.v1.Master.ListVolumes:output_type -> larder.master.v1.ListVolumesResponse
+	19, // 47: larder.master.v1.Master.GetCapacity:output_type -> larder.master.v1.Capacity
+	21, // 48: larder.master.v1.Master.PutMount:output_type -> larder.master.v1.PutMountResponse
+	26, // 49: larder.master.v1.Master.ListMounts:output_type -> larder.master.v1.ListMountsResponse
+	28, // 50: larder.master.v1.Master.DeleteMount:output_type -> larder.master.v1.DeleteMountResponse
+	23, // 51: larder.master.v1.Master.FollowMounts:output_type -> larder.master.v1.MountTable
+	24, // 52: larder.master.v1.Master.RestoreMounts:output_type -> larder.master.v1.RestoreMountsResponse
+	30, // 53: larder.master.v1.Master.Locate:output_type -> larder.master.v1.LocateResponse
+	37, // 54: larder.master.v1.Master.Status:output_type -> larder.master.v1.MasterStatus
+	33, // 55: larder.master.v1.Inventory.Counters:output_type -> larder.master.v1.WorkerCounters
+	35, // 56: larder.master.v1.Inventory.Held:output_type -> larder.master.v1.HeldResponse
+	40, // [40:57] is the sub-list for method output_type
+	23, // [23:40] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_master_masterpb_master_proto_init() }
@@ -2403,7 +2592,7 @@ func file_master_masterpb_master_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_master_masterpb_master_proto_rawDesc), len(file_master_masterpb_master_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   38,
+			NumMessages:   41,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

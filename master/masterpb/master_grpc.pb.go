@@ -33,6 +33,8 @@ const (
 	Master_PutMount_FullMethodName       = "/larder.master.v1.Master/PutMount"
 	Master_ListMounts_FullMethodName     = "/larder.master.v1.Master/ListMounts"
 	Master_DeleteMount_FullMethodName    = "/larder.master.v1.Master/DeleteMount"
+	Master_FollowMounts_FullMethodName   = "/larder.master.v1.Master/FollowMounts"
+	Master_RestoreMounts_FullMethodName  = "/larder.master.v1.Master/RestoreMounts"
 	Master_Locate_FullMethodName         = "/larder.master.v1.Master/Locate"
 	Master_Status_FullMethodName         = "/larder.master.v1.Master/Status"
 )
@@ -43,7 +45,8 @@ const (
 //
 // What is answered with OK is durable. Codes: INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS (it
 // differs), RESOURCE_EXHAUSTED (no room on the node), OUT_OF_RANGE (a page token that is none of
-// ours), UNAVAILABLE (the store, or no worker on the node: try again).
+// ours), UNAVAILABLE (the store, or no worker on the node: try again), FAILED_PRECONDITION (not as
+// things are now: the text says what to do first).
 type MasterClient interface {
 	// RegisterWorker makes the worker that of its node until its lease ends. It may be repeated,
 	// and is whenever something in it changes. Volumes that the master does not know are
@@ -61,10 +64,17 @@ type MasterClient interface {
 	// ListVolumes lists by id. A page token stays good when the volumes around it come and go.
 	ListVolumes(ctx context.Context, in *ListVolumesRequest, opts ...grpc.CallOption) (*ListVolumesResponse, error)
 	GetCapacity(ctx context.Context, in *GetCapacityRequest, opts ...grpc.CallOption) (*Capacity, error)
-	// PutMount joins a path of the namespace to an under store, or replaces what is there.
+	// PutMount joins a path of the namespace to an under store, or replaces what is there. Both it and
+	// DeleteMount are FAILED_PRECONDITION where the mounts are those of Kubernetes objects.
 	PutMount(ctx context.Context, in *Mount, opts ...grpc.CallOption) (*PutMountResponse, error)
 	ListMounts(ctx context.Context, in *ListMountsRequest, opts ...grpc.CallOption) (*ListMountsResponse, error)
 	DeleteMount(ctx context.Context, in *DeleteMountRequest, opts ...grpc.CallOption) (*DeleteMountResponse, error)
+	// FollowMounts tells the whole mount table at once, and again after each change, until the caller
+	// or the master ends.
+	FollowMounts(ctx context.Context, in *FollowMountsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[MountTable], error)
+	// RestoreMounts gives a master that never had a mount table the one that a worker was told
+	// before. To any other it is FAILED_PRECONDITION.
+	RestoreMounts(ctx context.Context, in *MountTable, opts ...grpc.CallOption) (*RestoreMountsResponse, error)
 	// Locate asks all workers what they have cached of an under-store URI. One that does not answer
 	// in time is listed as such.
 	Locate(ctx context.Context, in *LocateRequest, opts ...grpc.CallOption) (*LocateResponse, error)
@@ -189,6 +199,35 @@ func (c *masterClient) DeleteMount(ctx context.Context, in *DeleteMountRequest, 
 	return out, nil
 }
 
+func (c *masterClient) FollowMounts(ctx context.Context, in *FollowMountsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[MountTable], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Master_ServiceDesc.Streams[0], Master_FollowMounts_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[FollowMountsRequest, MountTable]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Master_FollowMountsClient = grpc.ServerStreamingClient[MountTable]
+
+func (c *masterClient) RestoreMounts(ctx context.Context, in *MountTable, opts ...grpc.CallOption) (*RestoreMountsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RestoreMountsResponse)
+	err := c.cc.Invoke(ctx, Master_RestoreMounts_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *masterClient) Locate(ctx context.Context, in *LocateRequest, opts ...grpc.CallOption) (*LocateResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(LocateResponse)
@@ -215,7 +254,8 @@ func (c *masterClient) Status(ctx context.Context, in *StatusRequest, opts ...gr
 //
 // What is answered with OK is durable. Codes: INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS (it
 // differs), RESOURCE_EXHAUSTED (no room on the node), OUT_OF_RANGE (a page token that is none of
-// ours), UNAVAILABLE (the store, or no worker on the node: try again).
+// ours), UNAVAILABLE (the store, or no worker on the node: try again), FAILED_PRECONDITION (not as
+// things are now: the text says what to do first).
 type MasterServer interface {
 	// RegisterWorker makes the worker that of its node until its lease ends. It may be repeated,
 	// and is whenever something in it changes. Volumes that the master does not know are
@@ -233,10 +273,17 @@ type MasterServer interface {
 	// ListVolumes lists by id. A page token stays good when the volumes around it come and go.
 	ListVolumes(context.Context, *ListVolumesRequest) (*ListVolumesResponse, error)
 	GetCapacity(context.Context, *GetCapacityRequest) (*Capacity, error)
-	// PutMount joins a path of the namespace to an under store, or replaces what is there.
+	// PutMount joins a path of the namespace to an under store, or replaces what is there. Both it and
+	// DeleteMount are FAILED_PRECONDITION where the mounts are those of Kubernetes objects.
 	PutMount(context.Context, *Mount) (*PutMountResponse, error)
 	ListMounts(context.Context, *ListMountsRequest) (*ListMountsResponse, error)
 	DeleteMount(context.Context, *DeleteMountRequest) (*DeleteMountResponse, error)
+	// FollowMounts tells the whole mount table at once, and again after each change, until the caller
+	// or the master ends.
+	FollowMounts(*FollowMountsRequest, grpc.ServerStreamingServer[MountTable]) error
+	// RestoreMounts gives a master that never had a mount table the one that a worker was told
+	// before. To any other it is FAILED_PRECONDITION.
+	RestoreMounts(context.Context, *MountTable) (*RestoreMountsResponse, error)
 	// Locate asks all workers what they have cached of an under-store URI. One that does not answer
 	// in time is listed as such.
 	Locate(context.Context, *LocateRequest) (*LocateResponse, error)
@@ -283,6 +330,12 @@ func (UnimplementedMasterServer) ListMounts(context.Context, *ListMountsRequest)
 }
 func (UnimplementedMasterServer) DeleteMount(context.Context, *DeleteMountRequest) (*DeleteMountResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeleteMount not implemented")
+}
+func (UnimplementedMasterServer) FollowMounts(*FollowMountsRequest, grpc.ServerStreamingServer[MountTable]) error {
+	return status.Error(codes.Unimplemented, "method FollowMounts not implemented")
+}
+func (UnimplementedMasterServer) RestoreMounts(context.Context, *MountTable) (*RestoreMountsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RestoreMounts not implemented")
 }
 func (UnimplementedMasterServer) Locate(context.Context, *LocateRequest) (*LocateResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Locate not implemented")
@@ -509,6 +562,35 @@ func _Master_DeleteMount_Handler(srv interface{}, ctx context.Context, dec func(
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Master_FollowMounts_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(FollowMountsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(MasterServer).FollowMounts(m, &grpc.GenericServerStream[FollowMountsRequest, MountTable]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Master_FollowMountsServer = grpc.ServerStreamingServer[MountTable]
+
+func _Master_RestoreMounts_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(MountTable)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MasterServer).RestoreMounts(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Master_RestoreMounts_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MasterServer).RestoreMounts(ctx, req.(*MountTable))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Master_Locate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(LocateRequest)
 	if err := dec(in); err != nil {
@@ -597,6 +679,10 @@ var Master_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Master_DeleteMount_Handler,
 		},
 		{
+			MethodName: "RestoreMounts",
+			Handler:    _Master_RestoreMounts_Handler,
+		},
+		{
 			MethodName: "Locate",
 			Handler:    _Master_Locate_Handler,
 		},
@@ -605,7 +691,13 @@ var Master_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Master_Status_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "FollowMounts",
+			Handler:       _Master_FollowMounts_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "master/masterpb/master.proto",
 }
 

@@ -20,6 +20,7 @@ var (
 	ErrExhausted   = errors.New("not enough capacity")
 	ErrBadToken    = errors.New("bad page token")
 	ErrUnavailable = errors.New("unavailable") // the store, or no worker on the node: try again
+	ErrRefused     = errors.New("refused")     // as things are now: the text says what to do first
 )
 
 // Volume is what CSI provisions.
@@ -153,13 +154,6 @@ type Capacity struct {
 	ReservedBytes  int64
 	AvailableBytes int64
 	LargestBytes   int64 // the most that one volume can reserve
-}
-
-// Mount joins a path of the namespace to an under store.
-type Mount struct {
-	Path    string            `json:"path"` // absolute, clean
-	URI     string            `json:"uri"`
-	Options map[string]string `json:"options,omitempty"`
 }
 
 // Status is the master's own.

@@ -7,8 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"net/url"
-	"path"
 	"regexp"
 	"strings"
 	"unicode"
@@ -150,27 +148,6 @@ func CheckWorker(id, node string) error {
 		errs = append(errs, fmt.Errorf("uuid: %w", err))
 	}
 	return invalid(errs)
-}
-
-// Validate names all that is wrong, as ErrInvalid.
-func (m Mount) Validate() error {
-	errs := []error{checkMap("option", m.Options), CheckPath(m.Path)}
-	u, err := url.Parse(m.URI)
-	switch {
-	case err != nil, u.Scheme == "", len(m.URI) > maxPath:
-		errs = append(errs, errors.New("uri: want scheme://…")) // not its text: it may hold a password
-	case u.User != nil, u.RawQuery != "", u.Fragment != "":
-		errs = append(errs, errors.New("uri: no user, query or fragment belongs in it"))
-	}
-	return invalid(errs)
-}
-
-// CheckPath checks a path of the namespace.
-func CheckPath(p string) error {
-	if !path.IsAbs(p) || path.Clean(p) != p || len(p) > maxPath || !printable(p) {
-		return invalid([]error{fmt.Errorf("path %.80q: want an absolute, clean one", p)})
-	}
-	return nil
 }
 
 func checkName(what, s string) error {

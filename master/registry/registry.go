@@ -63,6 +63,8 @@ const (
 	workers  = "workers/"  // node → worker, under the worker's lease
 	known    = "known/"    // node → worker, as above, under a longer lease: workers that are gone are shown for a while
 	mounts   = "mounts"    // path, which begins with "/" → record.Mount
+
+	namespace = "namespace" // no folder: the mount table's id, from its first change on
 )
 
 func (r *Registry) key(folder, name string) string { return r.prefix + folder + name }

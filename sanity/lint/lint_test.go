@@ -397,6 +397,7 @@ var fuzzed = map[string]string{
 	"driver":                   "volume attributes",
 	"cacheworker/source":       "object keys",
 	"cacheworker/brokerwire":   "broker messages",
+	"master/record":            "paths, URIs, options and credentials of mounts",
 }
 
 func TestMakeFuzzRunsEveryFuzzTest(t *testing.T) {
