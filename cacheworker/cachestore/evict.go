@@ -162,6 +162,7 @@ func (s *Store) forget(e *entry) {
 	if e.file != nil {
 		s.leased--
 	}
+	s.unpinned(e)
 	s.live -= e.Bytes()
 	s.hold(heldKey{e.Key, e.nonce}, e.Bytes())
 }

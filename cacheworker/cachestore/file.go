@@ -44,13 +44,36 @@ type File struct {
 	obj    object.Object
 	e      *entry
 	file   *file
+	asked  uint8 // see Asked
 	closed atomic.Bool
 }
 
 // Open leases the cache file of an object, a new one if there is none. The error wraps
 // object.ErrNoSpace: the object is larger than half the tier, or no file can be made. Read
 // through then.
-func (s *Store) Open(obj object.Object) (*File, error) {
+func (s *Store) Open(obj object.Object) (*File, error) { return s.openAs(obj, reading) }
+
+// OpenCached is Open for what is here: nil if there is no file of the object.
+func (s *Store) OpenCached(obj object.Object) (*File, error) {
+	f, err := s.openAs(obj, readingCached)
+	if errors.Is(err, errAbsent) {
+		return nil, nil
+	}
+	return f, err
+}
+
+// purpose of a lease.
+type purpose int
+
+const (
+	reading       purpose = iota
+	readingCached         // and no file is to be made
+	receiving             // from another tier: nobody has asked for it
+)
+
+var errAbsent = errors.New("not cached")
+
+func (s *Store) openAs(obj object.Object, why purpose) (*File, error) {
 	if obj.Size < 0 || obj.Size > maxObjectBytes {
 		return nil, fmt.Errorf("%w: object of %d bytes", object.ErrInvalid, obj.Size)
 	}
@@ -64,6 +87,9 @@ func (s *Store) Open(obj object.Object) (*File, error) {
 	}
 	id := obj.ID()
 	if !s.Peek(id).Exists {
+		if why == readingCached {
+			return nil, errAbsent
+		}
 		if err := s.reserve(0, 1); err != nil {
 			s.rejected.Add(1)
 			return nil, err
@@ -77,6 +103,10 @@ func (s *Store) Open(obj object.Object) (*File, error) {
 		return nil, fmt.Errorf("cache: %w", os.ErrClosed)
 	}
 	e, fresh := s.entries[id], false
+	if e == nil && why == readingCached {
+		s.mu.Unlock()
+		return nil, errAbsent
+	}
 	if e == nil && s.closed {
 		s.mu.Unlock()
 		return nil, fmt.Errorf("%w: the cache is handed over", object.ErrNoSpace)
@@ -90,10 +120,11 @@ func (s *Store) Open(obj object.Object) (*File, error) {
 		if e.complete() { // an empty one is from the start
 			s.complete++
 		}
-	} else {
-		s.policy.Hit(&e.Node)
+	} else if why != receiving {
+		s.asked(e)
 	}
 	f := s.lease(e, obj)
+	f.asked = s.policy.Hits(&e.Node)
 	s.mu.Unlock()
 
 	if err := f.openOnce(fresh); err != nil {
@@ -104,6 +135,18 @@ func (s *Store) Open(obj object.Object) (*File, error) {
 		return nil, fmt.Errorf("%w: cache file: %w", object.ErrNoSpace, err)
 	}
 	return f, nil
+}
+
+// asked notes that somebody wants the object. Who opens what is open already is part of the same use: each fetch of a
+// file that is read opens it. Requires s.mu.
+func (s *Store) asked(e *entry) {
+	if e.moving {
+		e.moving = false
+		s.policy.Return(&e.Node)
+	} else if e.file != nil {
+		return
+	}
+	s.policy.Hit(&e.Node)
 }
 
 // lease makes a File, which is to be opened next. Requires s.mu.
@@ -192,6 +235,9 @@ func (f *File) Fd() int { return int(f.file.f.Fd()) }
 
 // Evicted says that the object has no file any more; this one still reads what it has.
 func (f *File) Evicted() bool { return f.e.evicted.Load() }
+
+// Asked is how often the object was asked for again, of late, when the file was opened.
+func (f *File) Asked() uint8 { return f.asked }
 
 // Complete reports whether every chunk is present and verified.
 func (f *File) Complete() bool { return f.e.complete() }

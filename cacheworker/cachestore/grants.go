@@ -79,10 +79,15 @@ func (s *Store) Granted(id object.ID, p object.Principal) bool {
 	}
 	for _, g := range e.grants {
 		if g.principal == n {
-			return time.Since(time.Unix(0, g.at)) < s.cfg.GrantTTL && !s.isRevoked(p, e.store, g.at)
+			return s.holds(p, e.store, g.at)
 		}
 	}
 	return false
+}
+
+// holds reports whether a grant does. Requires s.mu.
+func (s *Store) holds(p object.Principal, store uint32, at int64) bool {
+	return time.Since(time.Unix(0, at)) < s.cfg.GrantTTL && !s.isRevoked(p, store, at)
 }
 
 func (s *Store) isRevoked(p object.Principal, store uint32, at int64) bool {

@@ -25,6 +25,7 @@ import (
 //	1 <id 16> <nonce 8> 0                   the object: store, key, version, size, mtime
 //	1 <id 16> <nonce 8> 1 <chunk 4>         xxhash64 of a chunk, epoch in which it was known to be good
 //	1 <id 16> <nonce 8> 2 <principal 16>    unix seconds of a grant
+//	1 <id 16> <nonce 8> 3                   the object is pinned
 //
 // The nonce is the cache file's: records of a file that is gone can never be taken for those of
 // the same object's next one. Numbers are big endian.
@@ -35,6 +36,7 @@ const (
 	kindObject = 0
 	kindChunk  = 1
 	kindGrant  = 2
+	kindPin    = 3
 
 	filePrefixLen = 1 + 16 + 8
 )
@@ -64,6 +66,8 @@ func chunkKey(id object.ID, nonce uint64, i int) []byte {
 func grantKey(id object.ID, nonce uint64, p object.Principal) []byte {
 	return append(append(filePrefix(id, nonce), kindGrant), p[:]...)
 }
+
+func pinKey(id object.ID, nonce uint64) []byte { return append(filePrefix(id, nonce), kindPin) }
 
 func encodeChunk(sum uint64, epoch uint32) []byte {
 	return binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint64(nil, sum), epoch)

@@ -138,6 +138,7 @@ type cacheFile struct {
 	e      *entry // nil if the records make none
 	store  object.Store
 	grants []foundGrant
+	pinned bool
 }
 
 type foundGrant struct {
@@ -174,6 +175,8 @@ func (s *Store) readFile(it *pebble.Iterator) (f cacheFile, err error) {
 			if len(rest) == 16 && len(v) == 8 && f.e != nil {
 				f.grants = append(f.grants, foundGrant{object.Principal(rest), int64(binary.BigEndian.Uint64(v))})
 			}
+		case kindPin:
+			f.pinned = true
 		}
 	}
 	if f.e != nil && f.e.present.Load() == 0 && f.e.size > 0 {
@@ -260,6 +263,9 @@ func (s *Store) enterFile(f cacheFile, now time.Time) {
 		}
 	}
 	s.restore(f.e)
+	if f.pinned && s.mayPin(f.e) {
+		s.pin(f.e)
+	}
 }
 
 // drop forgets in the index what has no entry; the sweep removes the files.

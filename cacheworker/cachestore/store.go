@@ -15,10 +15,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
-	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"log/slog"
 	"math/bits"
 	"os"
@@ -29,7 +26,6 @@ import (
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/google/uuid"
-	"golang.org/x/sys/unix"
 
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/cacheworker/policy"
@@ -45,7 +41,8 @@ type Config struct {
 	MinFreeInodes int64
 
 	BootID   string        // of the machine; "" reads /proc/sys/kernel/random/boot_id
-	Lock     *os.File      // from Await, and the store's from Open on, also when that fails; nil has Open take it
+	Identity *Identity     // of the worker; nil means the one that is kept here, or a new one
+	Lock     *os.File      // from Await or Lock, and the store's from Open on, also when that fails; nil has Open take it
 	LockWait time.Duration // for another process that has the directory; 0 means 10 s
 	AskOwner func()        // called now and then while another process has the directory, to ask that one for it; may be nil
 	GrantTTL time.Duration // 0 means 24 h
@@ -99,6 +96,8 @@ type Store struct {
 	backlog    backlog
 	idle       chan struct{}        // closed when the next write-back ends; may be nil
 	complete   int                  // entries complete and verified
+	pins       int                  // entries that are pinned
+	pinned     int64                // bytes on disk of them
 	live       int64                // bytes on disk of entries, and reserved for Puts in flight
 	held       map[heldKey]int64    // evicted files that are not gone yet: bytes on disk
 	stuck      map[heldKey]struct{} // those of them that are still in their old place
@@ -132,6 +131,8 @@ type Stats struct {
 	LeasedObjects   int
 	UnlinkedFiles   int
 	Healthy         bool // the disk has refused nothing within the last minute
+	PinnedObjects   int
+	PinnedBytes     int64 // on disk
 
 	Evictions    int64 // since the start, as all below
 	EvictedBytes int64 // of present chunks
@@ -248,51 +249,6 @@ func (s *Store) setDefaults() error {
 	return nil
 }
 
-// openIdentity reads or makes what outlives the cache's contents.
-func (s *Store) openIdentity() error {
-	text, err := s.keep(uuidName, func() []byte { return []byte(uuid.NewString() + "\n") })
-	if err != nil {
-		return err
-	}
-	if s.uuid, err = uuid.ParseBytes([]byte(strings.TrimSpace(string(text)))); err != nil {
-		return fmt.Errorf("%s: %w", uuidName, err)
-	}
-	s.nodeKey, err = s.keep(nodeKeyName, func() []byte {
-		key := make([]byte, 32)
-		rand.Read(key)
-		return key
-	})
-	if err == nil && len(s.nodeKey) != 32 {
-		err = fmt.Errorf("%s: %d bytes instead of 32", nodeKeyName, len(s.nodeKey))
-	}
-	return err
-}
-
-// keep reads a small file, or makes it whole: written aside, synced, renamed.
-func (s *Store) keep(name string, content func() []byte) ([]byte, error) {
-	f, err := s.dir.open(name, unix.O_RDONLY, 0)
-	if err == nil {
-		defer f.Close()
-		return io.ReadAll(f)
-	}
-	if !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	tmp := name + ".new"
-	if f, err = s.dir.open(tmp, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC, 0o600); err != nil {
-		return nil, err
-	}
-	b := content()
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return nil, err
-	}
-	if err := s.dir.rename(tmp, name); err != nil {
-		return nil, err
-	}
-	return b, s.dir.f.Sync()
-}
-
 // UUID is the worker's, kept with the cache.
 func (s *Store) UUID() uuid.UUID { return s.uuid }
 
@@ -323,6 +279,7 @@ func (s *Store) Stats() Stats {
 		CapacityBytes: s.cfg.CapacityBytes, CachedBytes: s.cached, UnverifiedBytes: s.cached - s.verified, Reading: !s.load.over(),
 		DiskBytes: s.live + s.heldBytes, UnlinkedBytes: s.heldBytes,
 		Objects: len(s.entries), CompleteObjects: s.complete, LeasedObjects: s.leased, UnlinkedFiles: len(s.held),
+		PinnedObjects: s.pins, PinnedBytes: s.pinned,
 		Evictions: s.evictions.Load(), EvictedBytes: s.evictedBytes.Load(), Rejected: s.rejected.Load(),
 		BadChunks: s.badChunks.Load(), PutErrors: s.putErrors.Load(), ScrubbedBytes: s.scrubbed.Load(),
 		Healthy: time.Since(s.troubleAt) > troubleOver && !s.index.isBroken() && !s.index.health.isSick(),
@@ -399,6 +356,8 @@ type entry struct {
 	indexed                bool            // may have records in the index; under Store.mu
 	seen                   bool            // its file was found since the start; under Store.mu
 	queued                 bool            // in Store.backlog; under Store.mu
+	moving                 bool            // a Move wants to drop it; under Store.mu
+	pinned                 bool            // under Store.mu
 	busy                   int8            // write-backs that have it open; under Store.mu
 	evicted                atomic.Bool
 }

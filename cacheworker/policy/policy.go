@@ -52,6 +52,8 @@ func (h hits) at(age uint32) uint8 {
 type Cache[K comparable] struct {
 	capacity    int64 // bytes
 	small, main queue[K]
+	spare       queue[K] // who can be had elsewhere
+	kept        queue[K] // who is not to be evicted
 	ghosts      ghosts[K]
 	turned      int64  // bytes evicted since the hits were halved
 	age         uint32 // how often they were
@@ -108,6 +110,52 @@ func (c *Cache[K]) asked(n *Node[K]) {
 func (c *Cache[K]) hit(n *Node[K]) {
 	n.hits = hits{min(n.hits.at(c.age)+1, maxFreq), c.age}
 	n.again = true
+	if n.queue == &c.spare {
+		c.move(n, &c.small)
+	}
+}
+
+// Hits is how often the node was asked for again, of late.
+func (c *Cache[K]) Hits(n *Node[K]) uint8 { return n.hits.at(c.age) }
+
+// Credit has the node count as asked for again so often at least: it was, in another cache.
+func (c *Cache[K]) Credit(n *Node[K], asked uint8) {
+	n.hits = hits{max(n.hits.at(c.age), min(asked, maxFreq)), c.age}
+}
+
+// Spare says that the node can be had elsewhere, so that it goes before all others, until it is asked for or
+// returned.
+func (c *Cache[K]) Spare(n *Node[K]) {
+	if n.queue == &c.small || n.queue == &c.main {
+		c.move(n, &c.spare)
+	}
+}
+
+// Keep has the node not evicted until it is returned.
+func (c *Cache[K]) Keep(n *Node[K]) { c.move(n, &c.kept) }
+
+// Return ends Keep and Spare: the node is a newcomer with the hits that it has.
+func (c *Cache[K]) Return(n *Node[K]) {
+	if n.queue == &c.kept || n.queue == &c.spare {
+		c.move(n, &c.small)
+	}
+}
+
+func (c *Cache[K]) move(n *Node[K], to *queue[K]) {
+	if n.queue != nil {
+		n.queue.remove(n)
+	}
+	to.push(n)
+}
+
+// Admits reports whether a newcomer that was asked for again so often in another cache would last here: if it was so
+// more often, by two, than who would go for it. Else the two would take turns.
+func (c *Cache[K]) Admits(asked uint8) bool {
+	rival := c.main.head
+	if n := c.small.head; n != nil && (rival == nil || c.small.bytes > c.capacity/200*smallPercent && c.Hits(n) <= c.worth(rival)) {
+		rival = n
+	}
+	return rival == nil || c.spare.len > 0 || asked > c.worth(rival)+1
 }
 
 // Grow adds to what the node is charged for; negative bytes take away.
@@ -132,15 +180,20 @@ func (c *Cache[K]) Remove(n *Node[K]) {
 }
 
 // Len and Bytes are over the nodes in queues.
-func (c *Cache[K]) Len() int     { return c.small.len + c.main.len }
-func (c *Cache[K]) Bytes() int64 { return c.small.bytes + c.main.bytes }
+func (c *Cache[K]) Len() int { return c.small.len + c.main.len + c.spare.len + c.kept.len }
+func (c *Cache[K]) Bytes() int64 {
+	return c.small.bytes + c.main.bytes + c.spare.bytes + c.kept.bytes
+}
 
 // Evict chooses one node, takes it out and returns it; nil if skip is true for all of them.
 // A node that is skipped goes back to the young end of its queue: being held is being used. No
 // queue is gone through more than twice for each node that moves to the other, so Evict ends.
 func (c *Cache[K]) Evict(skip func(*Node[K]) bool) *Node[K] {
+	if n := c.oldest(&c.spare, skip); n != nil {
+		return c.out(n)
+	}
 	newest := c.oldest(&c.small, skip)
-	for newest != nil && c.main.bytes+newest.bytes <= c.capacity-c.capacity/100*smallPercent {
+	for newest != nil && c.main.bytes+c.kept.bytes+newest.bytes <= c.capacity-c.capacity/100*smallPercent {
 		c.promote(newest)
 		newest = c.oldest(&c.small, skip)
 	}

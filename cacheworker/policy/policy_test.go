@@ -109,6 +109,15 @@ func (m *model) run(t *testing.T, out *bytes.Buffer, f []string) {
 	case "remove":
 		m.c.Remove(m.nodes[f[1]])
 		delete(m.nodes, f[1])
+	case "spare", "keep", "return":
+		do := map[string]func(*Node[string]){"spare": m.c.Spare, "keep": m.c.Keep, "return": m.c.Return}[f[0]]
+		for _, key := range f[1:] {
+			do(m.nodes[key])
+		}
+	case "credit":
+		m.c.Credit(m.nodes[f[1]], uint8(number(t, f[2])))
+	case "admits":
+		fmt.Fprintf(out, "asked %s times: %v\n", f[1], m.c.Admits(uint8(number(t, f[1]))))
 	case "lease":
 		for _, key := range f[1:] {
 			m.leased[key] = true
@@ -125,6 +134,8 @@ func (m *model) run(t *testing.T, out *bytes.Buffer, f []string) {
 		}
 	case "show":
 		fmt.Fprintf(out, "small %s\nmain  %s\nghosts %s\n", show(&m.c.small), show(&m.c.main), m.c.ghosts.show())
+	case "aside":
+		fmt.Fprintf(out, "spare %s\nkept  %s\n", show(&m.c.spare), show(&m.c.kept))
 	case "compare":
 		compare(t, out, f[1:])
 	default:
@@ -164,7 +175,7 @@ func (m *model) evict() (string, bool) {
 func (m *model) check(t *testing.T) {
 	t.Helper()
 	total := 0
-	for _, q := range []*queue[string]{&m.c.small, &m.c.main} {
+	for _, q := range []*queue[string]{&m.c.small, &m.c.main, &m.c.spare, &m.c.kept} {
 		var bytes int64
 		n := 0
 		each(q, func(node *Node[string]) {
