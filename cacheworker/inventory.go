@@ -27,12 +27,9 @@ func (s shelf) Counters() client.Stats { return s.w.counts() }
 
 // Held implements inventory.Worker.
 func (s shelf) Held(ctx context.Context, at record.Location) (record.Held, error) {
-	var host string
-	if at.Endpoint != "" {
-		var err error
-		if host, err = s3.EndpointHost(at.Endpoint, ""); err != nil {
-			return record.Held{}, fmt.Errorf("%w: %w", record.ErrInvalid, err)
-		}
+	host, err := hostOf(at)
+	if err != nil {
+		return record.Held{}, err
 	}
 	select {
 	case s.pass <- struct{}{}:
@@ -53,26 +50,8 @@ func (s shelf) Held(ctx context.Context, at record.Location) (record.Held, error
 // keysAt says which keys of a store are at a location; nil if none can be. host is that of the
 // location's endpoint; "" for any.
 func keysAt(at record.Location, host, store string) func(key []byte) bool {
-	scheme, rest, _ := strings.Cut(store, "://")
-	if scheme != at.Scheme {
-		return nil
-	}
-	key := at.Path
-	switch scheme {
-	case "s3": // host/bucket
-		where, bucket, _ := strings.Cut(rest, "/")
-		if bucket != at.Bucket || host != "" && where != host {
-			return nil
-		}
-	case "file": // an absolute path, the root of all keys
-		var ok bool
-		if key, ok = below(rest, at.Path); !ok {
-			if _, ok = below(at.Path, rest); !ok {
-				return nil
-			}
-			key = ""
-		}
-	default:
+	key, ok := keyAt(at, host, store)
+	if !ok {
 		return nil
 	}
 	if key == "" {
@@ -82,6 +61,39 @@ func keysAt(at record.Location, host, store string) func(key []byte) bool {
 	return func(k []byte) bool {
 		return bytes.HasPrefix(k, folder) || !at.Below && string(k) == key
 	}
+}
+
+// keyAt is the location's key in a store, without a slash at its end; "" for all keys. ok is false where the
+// location is not in the store.
+func keyAt(at record.Location, host, store string) (key string, ok bool) {
+	scheme, rest, _ := strings.Cut(store, "://")
+	if scheme != at.Scheme {
+		return "", false
+	}
+	switch scheme {
+	case "s3": // host/bucket
+		where, bucket, _ := strings.Cut(rest, "/")
+		return at.Path, bucket == at.Bucket && (host == "" || where == host)
+	case "file": // an absolute path, the root of all keys
+		if key, ok = below(rest, at.Path); ok {
+			return key, true
+		}
+		_, ok = below(at.Path, rest)
+		return "", ok
+	}
+	return "", false
+}
+
+// hostOf is the host of a location's endpoint; "" for any.
+func hostOf(at record.Location) (string, error) {
+	if at.Endpoint == "" {
+		return "", nil
+	}
+	host, err := s3.EndpointHost(at.Endpoint, "")
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", record.ErrInvalid, err)
+	}
+	return host, nil
 }
 
 // network is where masters reach this worker.

@@ -202,6 +202,16 @@ func (ms *mounts) all() map[string]*held {
 	return out
 }
 
+// datasets are the volumes' that are served.
+func (ms *mounts) datasets() (all []*dataset.Dataset) {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	for _, h := range ms.held {
+		all = append(all, h.data)
+	}
+	return all
+}
+
 // handle answers the broker. life is the worker's, rctx the request's.
 func (ms *mounts) handle(life, rctx context.Context, m brokerwire.Message, files []*os.File) error {
 	switch m.Verb {

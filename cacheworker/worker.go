@@ -213,7 +213,7 @@ func (w *Worker) run(ctx context.Context) (err error) {
 		return errors.Join(err, control.Close())
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	w.beside(ctx, g, w.serveMetrics, w.serveProfiles, w.reportToMaster, w.serveNetwork)
+	w.beside(ctx, g, w.serveMetrics, w.serveProfiles, w.reportToMaster, w.serveNetwork, w.workForMaster)
 	if w.cfg.Alone != nil {
 		g.Go(func() error { return w.serveAlone(ctx) })
 	} else {

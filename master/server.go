@@ -169,6 +169,43 @@ func (s *server) RestoreMounts(ctx context.Context, req *masterpb.MountTable) (*
 	return &masterpb.RestoreMountsResponse{}, s.reg.RestoreMounts(ctx, req.Record())
 }
 
+func (s *server) CreateJob(ctx context.Context, req *masterpb.CreateJobRequest) (*masterpb.Job, error) {
+	j, err := s.reg.CreateJob(ctx, req.Spec())
+	return masterpb.FromJob(j), err
+}
+
+func (s *server) GetJob(ctx context.Context, req *masterpb.GetJobRequest) (*masterpb.Job, error) {
+	j, err := s.reg.Job(ctx, req.GetId())
+	return masterpb.FromJob(j), err
+}
+
+func (s *server) ListJobs(ctx context.Context, _ *masterpb.ListJobsRequest) (*masterpb.ListJobsResponse, error) {
+	js, err := s.reg.Jobs(ctx)
+	resp := &masterpb.ListJobsResponse{}
+	for _, j := range js {
+		resp.Jobs = append(resp.Jobs, masterpb.FromJob(j))
+	}
+	return resp, err
+}
+
+func (s *server) CancelJob(ctx context.Context, req *masterpb.CancelJobRequest) (*masterpb.CancelJobResponse, error) {
+	return &masterpb.CancelJobResponse{}, s.reg.CancelJob(ctx, req.GetId())
+}
+
+func (s *server) Work(ctx context.Context, req *masterpb.WorkRequest) (*masterpb.WorkResponse, error) {
+	todo, revision, err := s.reg.Work(ctx, req.GetUuid(), req.GetNode(), req.GetKey(), req.GetRevision())
+	resp := &masterpb.WorkResponse{Revision: revision}
+	for _, j := range todo {
+		resp.Jobs = append(resp.Jobs, masterpb.FromJob(j))
+	}
+	return resp, err
+}
+
+func (s *server) ReportJob(ctx context.Context, req *masterpb.ReportJobRequest) (*masterpb.ReportJobResponse, error) {
+	canceled, err := s.reg.ReportJob(ctx, req.GetUuid(), req.GetKey(), req.GetId(), req.GetNode().Record())
+	return &masterpb.ReportJobResponse{Canceled: canceled}, err
+}
+
 func (s *server) Status(ctx context.Context, _ *masterpb.StatusRequest) (*masterpb.MasterStatus, error) {
 	st, err := s.reg.Status(ctx)
 	st.Version, st.PID, st.Started = s.master.cfg.Version, os.Getpid(), s.master.started

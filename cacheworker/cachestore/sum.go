@@ -22,32 +22,47 @@ type Sum struct {
 // which of its keys are, or nil for none; keys are not to be kept. They are in the index only, so
 // this is one pass over that: not for the path of a read.
 func (s *Store) Sum(ctx context.Context, want func(object.Store) func(key []byte) bool) (sum Sum, err error) {
-	select {
-	case <-s.load.done: // before, s.entries does not tell what is present
-	case <-ctx.Done():
-		return Sum{}, fmt.Errorf("sum the cache up: %w", context.Cause(ctx))
-	}
-	if !s.load.ended.Load() {
-		return Sum{}, fmt.Errorf("sum the cache up: %w", errIndex)
-	}
-	wanted := map[object.Store]func([]byte) bool{}
-	err = s.index.eachObject(ctx, func(id object.ID, nonce uint64, o objectRecord) {
-		f, met := wanted[object.Store(o.store)]
-		if !met {
-			f = want(object.Store(o.store))
-			wanted[object.Store(o.store)] = f
-			if f != nil {
-				sum.Stores++
-			}
-		}
-		if f != nil && f(o.key) {
-			s.addTo(&sum, id, nonce)
-		}
-	})
+	stores, err := s.eachWanted(ctx, want, func(id object.ID, nonce uint64) { s.addTo(&sum, id, nonce) })
 	if err != nil {
 		return Sum{}, fmt.Errorf("sum the cache up: %w", err)
 	}
+	sum.Stores = stores
 	return sum, nil
+}
+
+// IDs are the cached objects that are wanted, as for [Store.Sum].
+func (s *Store) IDs(ctx context.Context, want func(object.Store) func(key []byte) bool) (ids []object.ID, err error) {
+	if _, err := s.eachWanted(ctx, want, func(id object.ID, _ uint64) { ids = append(ids, id) }); err != nil {
+		return nil, fmt.Errorf("look the cache through: %w", err)
+	}
+	return ids, nil
+}
+
+// eachWanted calls f for each object's record that is wanted, and counts the stores that were looked into.
+func (s *Store) eachWanted(ctx context.Context, want func(object.Store) func(key []byte) bool, f func(object.ID, uint64)) (stores int64, err error) {
+	select {
+	case <-s.load.done: // before, s.entries does not tell what is present
+	case <-ctx.Done():
+		return 0, context.Cause(ctx)
+	}
+	if !s.load.ended.Load() {
+		return 0, errIndex
+	}
+	wanted := map[object.Store]func([]byte) bool{}
+	err = s.index.eachObject(ctx, func(id object.ID, nonce uint64, o objectRecord) {
+		is, met := wanted[object.Store(o.store)]
+		if !met {
+			is = want(object.Store(o.store))
+			wanted[object.Store(o.store)] = is
+			if is != nil {
+				stores++
+			}
+		}
+		if is != nil && is(o.key) {
+			f(id, nonce)
+		}
+	})
+	return stores, err
 }
 
 // addTo counts an object, if the record is that of its cache file.

@@ -43,6 +43,9 @@ type (
 	Capacity     = record.Capacity
 	Mount        = record.Mount
 	Table        = record.Table
+	Job          = record.Job
+	JobSpec      = record.JobSpec
+	JobNode      = record.JobNode
 	Status       = record.Status
 )
 
@@ -278,4 +281,47 @@ func (c *Client) DeleteMount(ctx context.Context, path string) error {
 func (c *Client) Status(ctx context.Context) (Status, error) {
 	resp, err := do(ctx, c, masterpb.MasterClient.Status, &masterpb.StatusRequest{})
 	return resp.Record(), err
+}
+
+// CreateJob has nodes load or free what lies below URIs.
+func (c *Client) CreateJob(ctx context.Context, spec JobSpec) (Job, error) {
+	j, err := do(ctx, c, masterpb.MasterClient.CreateJob, masterpb.FromJobSpec(spec))
+	return j.Record(), err
+}
+
+// Job returns one, ErrNotFound if there is none.
+func (c *Client) Job(ctx context.Context, id string) (Job, error) {
+	j, err := do(ctx, c, masterpb.MasterClient.GetJob, &masterpb.GetJobRequest{Id: id})
+	return j.Record(), err
+}
+
+// Jobs returns those of the last days, the latest first.
+func (c *Client) Jobs(ctx context.Context) (js []Job, err error) {
+	resp, err := do(ctx, c, masterpb.MasterClient.ListJobs, &masterpb.ListJobsRequest{})
+	for _, j := range resp.GetJobs() {
+		js = append(js, j.Record())
+	}
+	return js, err
+}
+
+// CancelJob is idempotent. The workers stop a moment later.
+func (c *Client) CancelJob(ctx context.Context, id string) error {
+	_, err := do(ctx, c, masterpb.MasterClient.CancelJob, &masterpb.CancelJobRequest{Id: id})
+	return err
+}
+
+// Work is a worker's question for its node's part of jobs; of its registration only UUID, node and key matter. With the
+// revision of the answer before, it waits some seconds for news.
+func (c *Client) Work(ctx context.Context, reg Registration, seen int64) (todo []Job, revision int64, err error) {
+	resp, err := do(ctx, c, masterpb.MasterClient.Work, &masterpb.WorkRequest{Uuid: reg.UUID, Node: reg.Node, Key: reg.Key, Revision: seen})
+	for _, j := range resp.GetJobs() {
+		todo = append(todo, j.Record())
+	}
+	return todo, resp.GetRevision(), err
+}
+
+// ReportJob tells how far the worker is; canceled has it stop.
+func (c *Client) ReportJob(ctx context.Context, reg Registration, id string, n JobNode) (canceled bool, err error) {
+	resp, err := do(ctx, c, masterpb.MasterClient.ReportJob, &masterpb.ReportJobRequest{Uuid: reg.UUID, Key: reg.Key, Id: id, Node: masterpb.FromJobNode(n)})
+	return resp.GetCanceled(), err
 }

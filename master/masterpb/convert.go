@@ -248,6 +248,51 @@ func (x *MountTable) Record() record.Table {
 	return t
 }
 
+// FromJobSpec makes the request for a job.
+func FromJobSpec(s record.JobSpec) *CreateJobRequest {
+	return &CreateJobRequest{Kind: string(s.Kind), Uris: s.URIs, Endpoint: s.Endpoint, Nodes: s.Nodes}
+}
+
+// Spec is the inverse of FromJobSpec.
+func (x *CreateJobRequest) Spec() record.JobSpec {
+	return record.JobSpec{Kind: record.JobKind(x.GetKind()), URIs: x.GetUris(), Endpoint: x.GetEndpoint(), Nodes: x.GetNodes()}
+}
+
+// FromJob makes the message.
+func FromJob(j record.Job) *Job {
+	x := &Job{Id: j.ID, Kind: string(j.Kind), Uris: j.URIs, Endpoint: j.Endpoint, Named: j.Named, Canceled: j.Canceled, Created: fromTime(j.Created)}
+	for _, n := range j.Nodes {
+		x.Nodes = append(x.Nodes, FromJobNode(n))
+	}
+	return x
+}
+
+// Record is the inverse of FromJob.
+func (x *Job) Record() record.Job {
+	j := record.Job{ID: x.GetId(), Kind: record.JobKind(x.GetKind()), URIs: x.GetUris(), Endpoint: x.GetEndpoint(), Named: x.GetNamed(),
+		Canceled: x.GetCanceled(), Created: toTime(x.GetCreated())}
+	for _, n := range x.GetNodes() {
+		j.Nodes = append(j.Nodes, n.Record())
+	}
+	return j
+}
+
+// FromJobNode makes the message.
+func FromJobNode(n record.JobNode) *JobNode {
+	return &JobNode{
+		Node: n.Node, State: string(n.State), Uri: int64(n.URI), After: n.After, Files: n.Files, Bytes: n.Bytes,
+		PresentFiles: n.PresentFiles, FailedFiles: n.FailedFiles, Error: n.Error, Started: fromTime(n.Started), Updated: fromTime(n.Updated),
+	}
+}
+
+// Record is the inverse of FromJobNode.
+func (x *JobNode) Record() record.JobNode {
+	return record.JobNode{
+		Node: x.GetNode(), State: record.JobState(x.GetState()), URI: int(x.GetUri()), After: x.GetAfter(), Files: x.GetFiles(), Bytes: x.GetBytes(),
+		PresentFiles: x.GetPresentFiles(), FailedFiles: x.GetFailedFiles(), Error: x.GetError(), Started: toTime(x.GetStarted()), Updated: toTime(x.GetUpdated()),
+	}
+}
+
 // FromMasterStatus makes the message.
 func FromMasterStatus(s record.Status) *MasterStatus {
 	return &MasterStatus{

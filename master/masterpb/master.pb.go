@@ -2255,6 +2255,736 @@ func (x *MasterStatus) GetMounts() int64 {
 	return 0
 }
 
+type CreateJobRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"` // load or free
+	Uris          []string               `protobuf:"bytes,2,rep,name=uris,proto3" json:"uris,omitempty"` // as in LocateRequest
+	Endpoint      string                 `protobuf:"bytes,3,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
+	Nodes         []string               `protobuf:"bytes,4,rep,name=nodes,proto3" json:"nodes,omitempty"` // none for all that have a worker
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateJobRequest) Reset() {
+	*x = CreateJobRequest{}
+	mi := &file_master_masterpb_master_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateJobRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateJobRequest) ProtoMessage() {}
+
+func (x *CreateJobRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateJobRequest.ProtoReflect.Descriptor instead.
+func (*CreateJobRequest) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *CreateJobRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *CreateJobRequest) GetUris() []string {
+	if x != nil {
+		return x.Uris
+	}
+	return nil
+}
+
+func (x *CreateJobRequest) GetEndpoint() string {
+	if x != nil {
+		return x.Endpoint
+	}
+	return ""
+}
+
+func (x *CreateJobRequest) GetNodes() []string {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+// Job is work on what nodes have cached.
+type Job struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	Uris          []string               `protobuf:"bytes,3,rep,name=uris,proto3" json:"uris,omitempty"`
+	Endpoint      string                 `protobuf:"bytes,4,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
+	Named         bool                   `protobuf:"varint,5,opt,name=named,proto3" json:"named,omitempty"` // the nodes were
+	Canceled      bool                   `protobuf:"varint,6,opt,name=canceled,proto3" json:"canceled,omitempty"`
+	Created       *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created,proto3" json:"created,omitempty"`
+	Nodes         []*JobNode             `protobuf:"bytes,8,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Job) Reset() {
+	*x = Job{}
+	mi := &file_master_masterpb_master_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Job) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Job) ProtoMessage() {}
+
+func (x *Job) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Job.ProtoReflect.Descriptor instead.
+func (*Job) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *Job) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Job) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Job) GetUris() []string {
+	if x != nil {
+		return x.Uris
+	}
+	return nil
+}
+
+func (x *Job) GetEndpoint() string {
+	if x != nil {
+		return x.Endpoint
+	}
+	return ""
+}
+
+func (x *Job) GetNamed() bool {
+	if x != nil {
+		return x.Named
+	}
+	return false
+}
+
+func (x *Job) GetCanceled() bool {
+	if x != nil {
+		return x.Canceled
+	}
+	return false
+}
+
+func (x *Job) GetCreated() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Created
+	}
+	return nil
+}
+
+func (x *Job) GetNodes() []*JobNode {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+// JobNode is how far a job is on a node.
+type JobNode struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`  // waiting, running, done, skipped, failed or canceled
+	Uri           int64                  `protobuf:"varint,3,opt,name=uri,proto3" json:"uri,omitempty"`     // index of the one being worked on
+	After         string                 `protobuf:"bytes,4,opt,name=after,proto3" json:"after,omitempty"`  // the key up to which all is done
+	Files         int64                  `protobuf:"varint,5,opt,name=files,proto3" json:"files,omitempty"` // done
+	Bytes         int64                  `protobuf:"varint,6,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	PresentFiles  int64                  `protobuf:"varint,7,opt,name=present_files,json=presentFiles,proto3" json:"present_files,omitempty"` // of those: there before
+	FailedFiles   int64                  `protobuf:"varint,8,opt,name=failed_files,json=failedFiles,proto3" json:"failed_files,omitempty"`
+	Error         string                 `protobuf:"bytes,9,opt,name=error,proto3" json:"error,omitempty"`
+	Started       *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=started,proto3" json:"started,omitempty"`
+	Updated       *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=updated,proto3" json:"updated,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JobNode) Reset() {
+	*x = JobNode{}
+	mi := &file_master_masterpb_master_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JobNode) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JobNode) ProtoMessage() {}
+
+func (x *JobNode) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JobNode.ProtoReflect.Descriptor instead.
+func (*JobNode) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *JobNode) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *JobNode) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *JobNode) GetUri() int64 {
+	if x != nil {
+		return x.Uri
+	}
+	return 0
+}
+
+func (x *JobNode) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+func (x *JobNode) GetFiles() int64 {
+	if x != nil {
+		return x.Files
+	}
+	return 0
+}
+
+func (x *JobNode) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *JobNode) GetPresentFiles() int64 {
+	if x != nil {
+		return x.PresentFiles
+	}
+	return 0
+}
+
+func (x *JobNode) GetFailedFiles() int64 {
+	if x != nil {
+		return x.FailedFiles
+	}
+	return 0
+}
+
+func (x *JobNode) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *JobNode) GetStarted() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Started
+	}
+	return nil
+}
+
+func (x *JobNode) GetUpdated() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Updated
+	}
+	return nil
+}
+
+type GetJobRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetJobRequest) Reset() {
+	*x = GetJobRequest{}
+	mi := &file_master_masterpb_master_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetJobRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetJobRequest) ProtoMessage() {}
+
+func (x *GetJobRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetJobRequest.ProtoReflect.Descriptor instead.
+func (*GetJobRequest) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *GetJobRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type ListJobsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListJobsRequest) Reset() {
+	*x = ListJobsRequest{}
+	mi := &file_master_masterpb_master_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListJobsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListJobsRequest) ProtoMessage() {}
+
+func (x *ListJobsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListJobsRequest.ProtoReflect.Descriptor instead.
+func (*ListJobsRequest) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{42}
+}
+
+type ListJobsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Jobs          []*Job                 `protobuf:"bytes,1,rep,name=jobs,proto3" json:"jobs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListJobsResponse) Reset() {
+	*x = ListJobsResponse{}
+	mi := &file_master_masterpb_master_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListJobsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListJobsResponse) ProtoMessage() {}
+
+func (x *ListJobsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListJobsResponse.ProtoReflect.Descriptor instead.
+func (*ListJobsResponse) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *ListJobsResponse) GetJobs() []*Job {
+	if x != nil {
+		return x.Jobs
+	}
+	return nil
+}
+
+type CancelJobRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CancelJobRequest) Reset() {
+	*x = CancelJobRequest{}
+	mi := &file_master_masterpb_master_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CancelJobRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CancelJobRequest) ProtoMessage() {}
+
+func (x *CancelJobRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CancelJobRequest.ProtoReflect.Descriptor instead.
+func (*CancelJobRequest) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *CancelJobRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type CancelJobResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CancelJobResponse) Reset() {
+	*x = CancelJobResponse{}
+	mi := &file_master_masterpb_master_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CancelJobResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CancelJobResponse) ProtoMessage() {}
+
+func (x *CancelJobResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CancelJobResponse.ProtoReflect.Descriptor instead.
+func (*CancelJobResponse) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{45}
+}
+
+type WorkRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uuid          string                 `protobuf:"bytes,1,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	Key           string                 `protobuf:"bytes,3,opt,name=key,proto3" json:"key,omitempty"`            // of the worker's registration
+	Revision      int64                  `protobuf:"varint,4,opt,name=revision,proto3" json:"revision,omitempty"` // of the answer before; 0 does not wait
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkRequest) Reset() {
+	*x = WorkRequest{}
+	mi := &file_master_masterpb_master_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkRequest) ProtoMessage() {}
+
+func (x *WorkRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkRequest.ProtoReflect.Descriptor instead.
+func (*WorkRequest) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *WorkRequest) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+func (x *WorkRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *WorkRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *WorkRequest) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type WorkResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Jobs          []*Job                 `protobuf:"bytes,1,rep,name=jobs,proto3" json:"jobs,omitempty"` // each with the asker's node only
+	Revision      int64                  `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkResponse) Reset() {
+	*x = WorkResponse{}
+	mi := &file_master_masterpb_master_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkResponse) ProtoMessage() {}
+
+func (x *WorkResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkResponse.ProtoReflect.Descriptor instead.
+func (*WorkResponse) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *WorkResponse) GetJobs() []*Job {
+	if x != nil {
+		return x.Jobs
+	}
+	return nil
+}
+
+func (x *WorkResponse) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type ReportJobRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uuid          string                 `protobuf:"bytes,1,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	Key           string                 `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
+	Id            string                 `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`
+	Node          *JobNode               `protobuf:"bytes,4,opt,name=node,proto3" json:"node,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportJobRequest) Reset() {
+	*x = ReportJobRequest{}
+	mi := &file_master_masterpb_master_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportJobRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportJobRequest) ProtoMessage() {}
+
+func (x *ReportJobRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportJobRequest.ProtoReflect.Descriptor instead.
+func (*ReportJobRequest) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *ReportJobRequest) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+func (x *ReportJobRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *ReportJobRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ReportJobRequest) GetNode() *JobNode {
+	if x != nil {
+		return x.Node
+	}
+	return nil
+}
+
+type ReportJobResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Canceled      bool                   `protobuf:"varint,1,opt,name=canceled,proto3" json:"canceled,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportJobResponse) Reset() {
+	*x = ReportJobResponse{}
+	mi := &file_master_masterpb_master_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportJobResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportJobResponse) ProtoMessage() {}
+
+func (x *ReportJobResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportJobResponse.ProtoReflect.Descriptor instead.
+func (*ReportJobResponse) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *ReportJobResponse) GetCanceled() bool {
+	if x != nil {
+		return x.Canceled
+	}
+	return false
+}
+
 var File_master_masterpb_master_proto protoreflect.FileDescriptor
 
 const file_master_masterpb_master_proto_rawDesc = "" +
@@ -2436,8 +3166,57 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\x0estore_revision\x18\x06 \x01(\x03R\rstoreRevision\x12\x18\n" +
 	"\aworkers\x18\a \x01(\x03R\aworkers\x12\x18\n" +
 	"\avolumes\x18\b \x01(\x03R\avolumes\x12\x16\n" +
-	"\x06mounts\x18\t \x01(\x03R\x06mounts2\x8c\n" +
-	"\n" +
+	"\x06mounts\x18\t \x01(\x03R\x06mounts\"l\n" +
+	"\x10CreateJobRequest\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04uris\x18\x02 \x03(\tR\x04uris\x12\x1a\n" +
+	"\bendpoint\x18\x03 \x01(\tR\bendpoint\x12\x14\n" +
+	"\x05nodes\x18\x04 \x03(\tR\x05nodes\"\xf2\x01\n" +
+	"\x03Job\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04uris\x18\x03 \x03(\tR\x04uris\x12\x1a\n" +
+	"\bendpoint\x18\x04 \x01(\tR\bendpoint\x12\x14\n" +
+	"\x05named\x18\x05 \x01(\bR\x05named\x12\x1a\n" +
+	"\bcanceled\x18\x06 \x01(\bR\bcanceled\x124\n" +
+	"\acreated\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12/\n" +
+	"\x05nodes\x18\b \x03(\v2\x19.larder.master.v1.JobNodeR\x05nodes\"\xd1\x02\n" +
+	"\aJobNode\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\tR\x05state\x12\x10\n" +
+	"\x03uri\x18\x03 \x01(\x03R\x03uri\x12\x14\n" +
+	"\x05after\x18\x04 \x01(\tR\x05after\x12\x14\n" +
+	"\x05files\x18\x05 \x01(\x03R\x05files\x12\x14\n" +
+	"\x05bytes\x18\x06 \x01(\x03R\x05bytes\x12#\n" +
+	"\rpresent_files\x18\a \x01(\x03R\fpresentFiles\x12!\n" +
+	"\ffailed_files\x18\b \x01(\x03R\vfailedFiles\x12\x14\n" +
+	"\x05error\x18\t \x01(\tR\x05error\x124\n" +
+	"\astarted\x18\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x124\n" +
+	"\aupdated\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\aupdated\"\x1f\n" +
+	"\rGetJobRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x11\n" +
+	"\x0fListJobsRequest\"=\n" +
+	"\x10ListJobsResponse\x12)\n" +
+	"\x04jobs\x18\x01 \x03(\v2\x15.larder.master.v1.JobR\x04jobs\"\"\n" +
+	"\x10CancelJobRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x13\n" +
+	"\x11CancelJobResponse\"c\n" +
+	"\vWorkRequest\x12\x12\n" +
+	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12\x10\n" +
+	"\x03key\x18\x03 \x01(\tR\x03key\x12\x1a\n" +
+	"\brevision\x18\x04 \x01(\x03R\brevision\"U\n" +
+	"\fWorkResponse\x12)\n" +
+	"\x04jobs\x18\x01 \x03(\v2\x15.larder.master.v1.JobR\x04jobs\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x03R\brevision\"w\n" +
+	"\x10ReportJobRequest\x12\x12\n" +
+	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x10\n" +
+	"\x03key\x18\x02 \x01(\tR\x03key\x12\x0e\n" +
+	"\x02id\x18\x03 \x01(\tR\x02id\x12-\n" +
+	"\x04node\x18\x04 \x01(\v2\x19.larder.master.v1.JobNodeR\x04node\"/\n" +
+	"\x11ReportJobResponse\x12\x1a\n" +
+	"\bcanceled\x18\x01 \x01(\bR\bcanceled2\xdc\r\n" +
 	"\x06Master\x12c\n" +
 	"\x0eRegisterWorker\x12'.larder.master.v1.RegisterWorkerRequest\x1a(.larder.master.v1.RegisterWorkerResponse\x12T\n" +
 	"\tHeartbeat\x12\".larder.master.v1.HeartbeatRequest\x1a#.larder.master.v1.HeartbeatResponse\x12Z\n" +
@@ -2453,7 +3232,13 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\vDeleteMount\x12$.larder.master.v1.DeleteMountRequest\x1a%.larder.master.v1.DeleteMountResponse\x12U\n" +
 	"\fFollowMounts\x12%.larder.master.v1.FollowMountsRequest\x1a\x1c.larder.master.v1.MountTable0\x01\x12V\n" +
 	"\rRestoreMounts\x12\x1c.larder.master.v1.MountTable\x1a'.larder.master.v1.RestoreMountsResponse\x12K\n" +
-	"\x06Locate\x12\x1f.larder.master.v1.LocateRequest\x1a .larder.master.v1.LocateResponse\x12I\n" +
+	"\x06Locate\x12\x1f.larder.master.v1.LocateRequest\x1a .larder.master.v1.LocateResponse\x12F\n" +
+	"\tCreateJob\x12\".larder.master.v1.CreateJobRequest\x1a\x15.larder.master.v1.Job\x12@\n" +
+	"\x06GetJob\x12\x1f.larder.master.v1.GetJobRequest\x1a\x15.larder.master.v1.Job\x12Q\n" +
+	"\bListJobs\x12!.larder.master.v1.ListJobsRequest\x1a\".larder.master.v1.ListJobsResponse\x12T\n" +
+	"\tCancelJob\x12\".larder.master.v1.CancelJobRequest\x1a#.larder.master.v1.CancelJobResponse\x12E\n" +
+	"\x04Work\x12\x1d.larder.master.v1.WorkRequest\x1a\x1e.larder.master.v1.WorkResponse\x12T\n" +
+	"\tReportJob\x12\".larder.master.v1.ReportJobRequest\x1a#.larder.master.v1.ReportJobResponse\x12I\n" +
 	"\x06Status\x12\x1f.larder.master.v1.StatusRequest\x1a\x1e.larder.master.v1.MasterStatus2\xa3\x01\n" +
 	"\tInventory\x12O\n" +
 	"\bCounters\x12!.larder.master.v1.CountersRequest\x1a .larder.master.v1.WorkerCounters\x12E\n" +
@@ -2471,7 +3256,7 @@ func file_master_masterpb_master_proto_rawDescGZIP() []byte {
 	return file_master_masterpb_master_proto_rawDescData
 }
 
-var file_master_masterpb_master_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_master_masterpb_master_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
 var file_master_masterpb_master_proto_goTypes = []any{
 	(*Worker)(nil),                 // 0: larder.master.v1.Worker
 	(*PublishedVolume)(nil),        // 1: larder.master.v1.PublishedVolume
@@ -2511,74 +3296,105 @@ var file_master_masterpb_master_proto_goTypes = []any{
 	(*HeldResponse)(nil),           // 35: larder.master.v1.HeldResponse
 	(*StatusRequest)(nil),          // 36: larder.master.v1.StatusRequest
 	(*MasterStatus)(nil),           // 37: larder.master.v1.MasterStatus
-	nil,                            // 38: larder.master.v1.Volume.ParametersEntry
-	nil,                            // 39: larder.master.v1.CreateVolumeRequest.ParametersEntry
-	nil,                            // 40: larder.master.v1.Mount.OptionsEntry
-	(*timestamppb.Timestamp)(nil),  // 41: google.protobuf.Timestamp
+	(*CreateJobRequest)(nil),       // 38: larder.master.v1.CreateJobRequest
+	(*Job)(nil),                    // 39: larder.master.v1.Job
+	(*JobNode)(nil),                // 40: larder.master.v1.JobNode
+	(*GetJobRequest)(nil),          // 41: larder.master.v1.GetJobRequest
+	(*ListJobsRequest)(nil),        // 42: larder.master.v1.ListJobsRequest
+	(*ListJobsResponse)(nil),       // 43: larder.master.v1.ListJobsResponse
+	(*CancelJobRequest)(nil),       // 44: larder.master.v1.CancelJobRequest
+	(*CancelJobResponse)(nil),      // 45: larder.master.v1.CancelJobResponse
+	(*WorkRequest)(nil),            // 46: larder.master.v1.WorkRequest
+	(*WorkResponse)(nil),           // 47: larder.master.v1.WorkResponse
+	(*ReportJobRequest)(nil),       // 48: larder.master.v1.ReportJobRequest
+	(*ReportJobResponse)(nil),      // 49: larder.master.v1.ReportJobResponse
+	nil,                            // 50: larder.master.v1.Volume.ParametersEntry
+	nil,                            // 51: larder.master.v1.CreateVolumeRequest.ParametersEntry
+	nil,                            // 52: larder.master.v1.Mount.OptionsEntry
+	(*timestamppb.Timestamp)(nil),  // 53: google.protobuf.Timestamp
 }
 var file_master_masterpb_master_proto_depIdxs = []int32{
 	1,  // 0: larder.master.v1.Worker.volumes:type_name -> larder.master.v1.PublishedVolume
-	41, // 1: larder.master.v1.Worker.registered:type_name -> google.protobuf.Timestamp
-	41, // 2: larder.master.v1.Worker.seen:type_name -> google.protobuf.Timestamp
+	53, // 1: larder.master.v1.Worker.registered:type_name -> google.protobuf.Timestamp
+	53, // 2: larder.master.v1.Worker.seen:type_name -> google.protobuf.Timestamp
 	3,  // 3: larder.master.v1.Worker.stats:type_name -> larder.master.v1.WorkerStats
 	4,  // 4: larder.master.v1.Worker.holdings:type_name -> larder.master.v1.Holding
 	11, // 5: larder.master.v1.PublishedVolume.volume:type_name -> larder.master.v1.Volume
 	2,  // 6: larder.master.v1.PublishedVolume.pods:type_name -> larder.master.v1.Pod
-	41, // 7: larder.master.v1.WorkerStats.started:type_name -> google.protobuf.Timestamp
+	53, // 7: larder.master.v1.WorkerStats.started:type_name -> google.protobuf.Timestamp
 	0,  // 8: larder.master.v1.RegisterWorkerRequest.worker:type_name -> larder.master.v1.Worker
 	3,  // 9: larder.master.v1.HeartbeatRequest.stats:type_name -> larder.master.v1.WorkerStats
 	4,  // 10: larder.master.v1.HeartbeatRequest.holdings:type_name -> larder.master.v1.Holding
 	0,  // 11: larder.master.v1.ListWorkersResponse.workers:type_name -> larder.master.v1.Worker
-	38, // 12: larder.master.v1.Volume.parameters:type_name -> larder.master.v1.Volume.ParametersEntry
-	41, // 13: larder.master.v1.Volume.created:type_name -> google.protobuf.Timestamp
-	39, // 14: larder.master.v1.CreateVolumeRequest.parameters:type_name -> larder.master.v1.CreateVolumeRequest.ParametersEntry
+	50, // 12: larder.master.v1.Volume.parameters:type_name -> larder.master.v1.Volume.ParametersEntry
+	53, // 13: larder.master.v1.Volume.created:type_name -> google.protobuf.Timestamp
+	51, // 14: larder.master.v1.CreateVolumeRequest.parameters:type_name -> larder.master.v1.CreateVolumeRequest.ParametersEntry
 	11, // 15: larder.master.v1.ListVolumesResponse.volumes:type_name -> larder.master.v1.Volume
-	40, // 16: larder.master.v1.Mount.options:type_name -> larder.master.v1.Mount.OptionsEntry
+	52, // 16: larder.master.v1.Mount.options:type_name -> larder.master.v1.Mount.OptionsEntry
 	20, // 17: larder.master.v1.MountTable.mounts:type_name -> larder.master.v1.Mount
 	20, // 18: larder.master.v1.ListMountsResponse.mounts:type_name -> larder.master.v1.Mount
 	31, // 19: larder.master.v1.LocateResponse.workers:type_name -> larder.master.v1.Located
 	35, // 20: larder.master.v1.Located.held:type_name -> larder.master.v1.HeldResponse
 	3,  // 21: larder.master.v1.WorkerCounters.stats:type_name -> larder.master.v1.WorkerStats
-	41, // 22: larder.master.v1.MasterStatus.started:type_name -> google.protobuf.Timestamp
-	5,  // 23: larder.master.v1.Master.RegisterWorker:input_type -> larder.master.v1.RegisterWorkerRequest
-	7,  // 24: larder.master.v1.Master.Heartbeat:input_type -> larder.master.v1.HeartbeatRequest
-	9,  // 25: larder.master.v1.Master.ListWorkers:input_type -> larder.master.v1.ListWorkersRequest
-	12, // 26: larder.master.v1.Master.CreateVolume:input_type -> larder.master.v1.CreateVolumeRequest
-	13, // 27: larder.master.v1.Master.DeleteVolume:input_type -> larder.master.v1.DeleteVolumeRequest
-	15, // 28: larder.master.v1.Master.GetVolume:input_type -> larder.master.v1.GetVolumeRequest
-	16, // 29: larder.master.v1.Master.ListVolumes:input_type -> larder.master.v1.ListVolumesRequest
-	18, // 30: larder.master.v1.Master.GetCapacity:input_type -> larder.master.v1.GetCapacityRequest
-	20, // 31: larder.master.v1.Master.PutMount:input_type -> larder.master.v1.Mount
-	25, // 32: larder.master.v1.Master.ListMounts:input_type -> larder.master.v1.ListMountsRequest
-	27, // 33: larder.master.v1.Master.DeleteMount:input_type -> larder.master.v1.DeleteMountRequest
-	22, // 34: larder.master.v1.Master.FollowMounts:input_type -> larder.master.v1.FollowMountsRequest
-	23, // 35: larder.master.v1.Master.RestoreMounts:input_type -> larder.master.v1.MountTable
-	29, // 36: larder.master.v1.Master.Locate:input_type -> larder.master.v1.LocateRequest
-	36, // 37: larder.master.v1.Master.Status:input_type -> larder.master.v1.StatusRequest
-	32, // 38: larder.master.v1.Inventory.Counters:input_type -> larder.master.v1.CountersRequest
-	34, // 39: larder.master.v1.Inventory.Held:input_type -> larder.master.v1.HeldRequest
-	6,  // 40: larder.master.v1.Master.RegisterWorker:output_type -> larder.master.v1.RegisterWorkerResponse
-	8,  // 41: larder.master.v1.Master.Heartbeat:output_type -> larder.master.v1.HeartbeatResponse
-	10, // 42: larder.master.v1.Master.ListWorkers:output_type -> larder.master.v1.ListWorkersResponse
-	11, // 43: larder.master.v1.Master.CreateVolume:output_type -> larder.master.v1.Volume
-	14, // 44: larder.master.v1.Master.DeleteVolume:output_type -> larder.master.v1.DeleteVolumeResponse
-	11, // 45: larder.master.v1.Master.GetVolume:output_type -> larder.master.v1.Volume
-	17, // 46: larder.master.v1.Master.ListVolumes:output_type -> larder.master.v1.ListVolumesResponse
-	19, // 47: larder.master.v1.Master.GetCapacity:output_type -> larder.master.v1.Capacity
-	21, // 48: larder.master.v1.Master.PutMount:output_type -> larder.master.v1.PutMountResponse
-	26, // 49: larder.master.v1.Master.ListMounts:output_type -> larder.master.v1.ListMountsResponse
-	28, // 50: larder.master.v1.Master.DeleteMount:output_type -> larder.master.v1.DeleteMountResponse
-	23, // 51: larder.master.v1.Master.FollowMounts:output_type -> larder.master.v1.MountTable
-	24, // 52: larder.master.v1.Master.RestoreMounts:output_type -> larder.master.v1.RestoreMountsResponse
-	30, // 53: larder.master.v1.Master.Locate:output_type -> larder.master.v1.LocateResponse
-	37, // 54: larder.master.v1.Master.Status:output_type -> larder.master.v1.MasterStatus
-	33, // 55: larder.master.v1.Inventory.Counters:output_type -> larder.master.v1.WorkerCounters
-	35, // 56: larder.master.v1.Inventory.Held:output_type -> larder.master.v1.HeldResponse
-	40, // [40:57] is the sub-list for method output_type
-	23, // [23:40] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	53, // 22: larder.master.v1.MasterStatus.started:type_name -> google.protobuf.Timestamp
+	53, // 23: larder.master.v1.Job.created:type_name -> google.protobuf.Timestamp
+	40, // 24: larder.master.v1.Job.nodes:type_name -> larder.master.v1.JobNode
+	53, // 25: larder.master.v1.JobNode.started:type_name -> google.protobuf.Timestamp
+	53, // 26: larder.master.v1.JobNode.updated:type_name -> google.protobuf.Timestamp
+	39, // 27: larder.master.v1.ListJobsResponse.jobs:type_name -> larder.master.v1.Job
+	39, // 28: larder.master.v1.WorkResponse.jobs:type_name -> larder.master.v1.Job
+	40, // 29: larder.master.v1.ReportJobRequest.node:type_name -> larder.master.v1.JobNode
+	5,  // 30: larder.master.v1.Master.RegisterWorker:input_type -> larder.master.v1.RegisterWorkerRequest
+	7,  // 31: larder.master.v1.Master.Heartbeat:input_type -> larder.master.v1.HeartbeatRequest
+	9,  // 32: larder.master.v1.Master.ListWorkers:input_type -> larder.master.v1.ListWorkersRequest
+	12, // 33: larder.master.v1.Master.CreateVolume:input_type -> larder.master.v1.CreateVolumeRequest
+	13, // 34: larder.master.v1.Master.DeleteVolume:input_type -> larder.master.v1.DeleteVolumeRequest
+	15, // 35: larder.master.v1.Master.GetVolume:input_type -> larder.master.v1.GetVolumeRequest
+	16, // 36: larder.master.v1.Master.ListVolumes:input_type -> larder.master.v1.ListVolumesRequest
+	18, // 37: larder.master.v1.Master.GetCapacity:input_type -> larder.master.v1.GetCapacityRequest
+	20, // 38: larder.master.v1.Master.PutMount:input_type -> larder.master.v1.Mount
+	25, // 39: larder.master.v1.Master.ListMounts:input_type -> larder.master.v1.ListMountsRequest
+	27, // 40: larder.master.v1.Master.DeleteMount:input_type -> larder.master.v1.DeleteMountRequest
+	22, // 41: larder.master.v1.Master.FollowMounts:input_type -> larder.master.v1.FollowMountsRequest
+	23, // 42: larder.master.v1.Master.RestoreMounts:input_type -> larder.master.v1.MountTable
+	29, // 43: larder.master.v1.Master.Locate:input_type -> larder.master.v1.LocateRequest
+	38, // 44: larder.master.v1.Master.CreateJob:input_type -> larder.master.v1.CreateJobRequest
+	41, // 45: larder.master.v1.Master.GetJob:input_type -> larder.master.v1.GetJobRequest
+	42, // 46: larder.master.v1.Master.ListJobs:input_type -> larder.master.v1.ListJobsRequest
+	44, // 47: larder.master.v1.Master.CancelJob:input_type -> larder.master.v1.CancelJobRequest
+	46, // 48: larder.master.v1.Master.Work:input_type -> larder.master.v1.WorkRequest
+	48, // 49: larder.master.v1.Master.ReportJob:input_type -> larder.master.v1.ReportJobRequest
+	36, // 50: larder.master.v1.Master.Status:input_type -> larder.master.v1.StatusRequest
+	32, // 51: larder.master.v1.Inventory.Counters:input_type -> larder.master.v1.CountersRequest
+	34, // 52: larder.master.v1.Inventory.Held:input_type -> larder.master.v1.HeldRequest
+	6,  // 53: larder.master.v1.Master.RegisterWorker:output_type -> larder.master.v1.RegisterWorkerResponse
+	8,  // 54: larder.master.v1.Master.Heartbeat:output_type -> larder.master.v1.HeartbeatResponse
+	10, // 55: larder.master.v1.Master.ListWorkers:output_type -> larder.master.v1.ListWorkersResponse
+	11, // 56: larder.master.v1.Master.CreateVolume:output_type -> larder.master.v1.Volume
+	14, // 57: larder.master.v1.Master.DeleteVolume:output_type -> larder.master.v1.DeleteVolumeResponse
+	11, // 58: larder.master.v1.Master.GetVolume:output_type -> larder.master.v1.Volume
+	17, // 59: larder.master.v1.Master.ListVolumes:output_type -> larder.master.v1.ListVolumesResponse
+	19, // 60: larder.master.v1.Master.GetCapacity:output_type -> larder.master.v1.Capacity
+	21, // 61: larder.master.v1.Master.PutMount:output_type -> larder.master.v1.PutMountResponse
+	26, // 62: larder.master.v1.Master.ListMounts:output_type -> larder.master.v1.ListMountsResponse
+	28, // 63: larder.master.v1.Master.DeleteMount:output_type -> larder.master.v1.DeleteMountResponse
+	23, // 64: larder.master.v1.Master.FollowMounts:output_type -> larder.master.v1.MountTable
+	24, // 65: larder.master.v1.Master.RestoreMounts:output_type -> larder.master.v1.RestoreMountsResponse
+	30, // 66: larder.master.v1.Master.Locate:output_type -> larder.master.v1.LocateResponse
+	39, // 67: larder.master.v1.Master.CreateJob:output_type -> larder.master.v1.Job
+	39, // 68: larder.master.v1.Master.GetJob:output_type -> larder.master.v1.Job
+	43, // 69: larder.master.v1.Master.ListJobs:output_type -> larder.master.v1.ListJobsResponse
+	45, // 70: larder.master.v1.Master.CancelJob:output_type -> larder.master.v1.CancelJobResponse
+	47, // 71: larder.master.v1.Master.Work:output_type -> larder.master.v1.WorkResponse
+	49, // 72: larder.master.v1.Master.ReportJob:output_type -> larder.master.v1.ReportJobResponse
+	37, // 73: larder.master.v1.Master.Status:output_type -> larder.master.v1.MasterStatus
+	33, // 74: larder.master.v1.Inventory.Counters:output_type -> larder.master.v1.WorkerCounters
+	35, // 75: larder.master.v1.Inventory.Held:output_type -> larder.master.v1.HeldResponse
+	53, // [53:76] is the sub-list for method output_type
+	30, // [30:53] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_master_masterpb_master_proto_init() }
@@ -2592,7 +3408,7 @@ func file_master_masterpb_master_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_master_masterpb_master_proto_rawDesc), len(file_master_masterpb_master_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   41,
+			NumMessages:   53,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -36,6 +36,12 @@ const (
 	Master_FollowMounts_FullMethodName   = "/larder.master.v1.Master/FollowMounts"
 	Master_RestoreMounts_FullMethodName  = "/larder.master.v1.Master/RestoreMounts"
 	Master_Locate_FullMethodName         = "/larder.master.v1.Master/Locate"
+	Master_CreateJob_FullMethodName      = "/larder.master.v1.Master/CreateJob"
+	Master_GetJob_FullMethodName         = "/larder.master.v1.Master/GetJob"
+	Master_ListJobs_FullMethodName       = "/larder.master.v1.Master/ListJobs"
+	Master_CancelJob_FullMethodName      = "/larder.master.v1.Master/CancelJob"
+	Master_Work_FullMethodName           = "/larder.master.v1.Master/Work"
+	Master_ReportJob_FullMethodName      = "/larder.master.v1.Master/ReportJob"
 	Master_Status_FullMethodName         = "/larder.master.v1.Master/Status"
 )
 
@@ -78,6 +84,16 @@ type MasterClient interface {
 	// Locate asks all workers what they have cached of an under-store URI. One that does not answer
 	// in time is listed as such.
 	Locate(ctx context.Context, in *LocateRequest, opts ...grpc.CallOption) (*LocateResponse, error)
+	// CreateJob has nodes load or free what lies below URIs.
+	CreateJob(ctx context.Context, in *CreateJobRequest, opts ...grpc.CallOption) (*Job, error)
+	GetJob(ctx context.Context, in *GetJobRequest, opts ...grpc.CallOption) (*Job, error)
+	ListJobs(ctx context.Context, in *ListJobsRequest, opts ...grpc.CallOption) (*ListJobsResponse, error)
+	CancelJob(ctx context.Context, in *CancelJobRequest, opts ...grpc.CallOption) (*CancelJobResponse, error)
+	// Work is asked by a worker, again and again: its node's part of the jobs that have not ended there. It waits some
+	// seconds for news if the worker has seen a revision.
+	Work(ctx context.Context, in *WorkRequest, opts ...grpc.CallOption) (*WorkResponse, error)
+	// ReportJob tells how far a worker is.
+	ReportJob(ctx context.Context, in *ReportJobRequest, opts ...grpc.CallOption) (*ReportJobResponse, error)
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*MasterStatus, error)
 }
 
@@ -238,6 +254,66 @@ func (c *masterClient) Locate(ctx context.Context, in *LocateRequest, opts ...gr
 	return out, nil
 }
 
+func (c *masterClient) CreateJob(ctx context.Context, in *CreateJobRequest, opts ...grpc.CallOption) (*Job, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Job)
+	err := c.cc.Invoke(ctx, Master_CreateJob_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *masterClient) GetJob(ctx context.Context, in *GetJobRequest, opts ...grpc.CallOption) (*Job, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Job)
+	err := c.cc.Invoke(ctx, Master_GetJob_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *masterClient) ListJobs(ctx context.Context, in *ListJobsRequest, opts ...grpc.CallOption) (*ListJobsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListJobsResponse)
+	err := c.cc.Invoke(ctx, Master_ListJobs_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *masterClient) CancelJob(ctx context.Context, in *CancelJobRequest, opts ...grpc.CallOption) (*CancelJobResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CancelJobResponse)
+	err := c.cc.Invoke(ctx, Master_CancelJob_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *masterClient) Work(ctx context.Context, in *WorkRequest, opts ...grpc.CallOption) (*WorkResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(WorkResponse)
+	err := c.cc.Invoke(ctx, Master_Work_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *masterClient) ReportJob(ctx context.Context, in *ReportJobRequest, opts ...grpc.CallOption) (*ReportJobResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReportJobResponse)
+	err := c.cc.Invoke(ctx, Master_ReportJob_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *masterClient) Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*MasterStatus, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(MasterStatus)
@@ -287,6 +363,16 @@ type MasterServer interface {
 	// Locate asks all workers what they have cached of an under-store URI. One that does not answer
 	// in time is listed as such.
 	Locate(context.Context, *LocateRequest) (*LocateResponse, error)
+	// CreateJob has nodes load or free what lies below URIs.
+	CreateJob(context.Context, *CreateJobRequest) (*Job, error)
+	GetJob(context.Context, *GetJobRequest) (*Job, error)
+	ListJobs(context.Context, *ListJobsRequest) (*ListJobsResponse, error)
+	CancelJob(context.Context, *CancelJobRequest) (*CancelJobResponse, error)
+	// Work is asked by a worker, again and again: its node's part of the jobs that have not ended there. It waits some
+	// seconds for news if the worker has seen a revision.
+	Work(context.Context, *WorkRequest) (*WorkResponse, error)
+	// ReportJob tells how far a worker is.
+	ReportJob(context.Context, *ReportJobRequest) (*ReportJobResponse, error)
 	Status(context.Context, *StatusRequest) (*MasterStatus, error)
 	mustEmbedUnimplementedMasterServer()
 }
@@ -339,6 +425,24 @@ func (UnimplementedMasterServer) RestoreMounts(context.Context, *MountTable) (*R
 }
 func (UnimplementedMasterServer) Locate(context.Context, *LocateRequest) (*LocateResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Locate not implemented")
+}
+func (UnimplementedMasterServer) CreateJob(context.Context, *CreateJobRequest) (*Job, error) {
+	return nil, status.Error(codes.Unimplemented, "method CreateJob not implemented")
+}
+func (UnimplementedMasterServer) GetJob(context.Context, *GetJobRequest) (*Job, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetJob not implemented")
+}
+func (UnimplementedMasterServer) ListJobs(context.Context, *ListJobsRequest) (*ListJobsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListJobs not implemented")
+}
+func (UnimplementedMasterServer) CancelJob(context.Context, *CancelJobRequest) (*CancelJobResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CancelJob not implemented")
+}
+func (UnimplementedMasterServer) Work(context.Context, *WorkRequest) (*WorkResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Work not implemented")
+}
+func (UnimplementedMasterServer) ReportJob(context.Context, *ReportJobRequest) (*ReportJobResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReportJob not implemented")
 }
 func (UnimplementedMasterServer) Status(context.Context, *StatusRequest) (*MasterStatus, error) {
 	return nil, status.Error(codes.Unimplemented, "method Status not implemented")
@@ -609,6 +713,114 @@ func _Master_Locate_Handler(srv interface{}, ctx context.Context, dec func(inter
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Master_CreateJob_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CreateJobRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MasterServer).CreateJob(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Master_CreateJob_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MasterServer).CreateJob(ctx, req.(*CreateJobRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Master_GetJob_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetJobRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MasterServer).GetJob(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Master_GetJob_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MasterServer).GetJob(ctx, req.(*GetJobRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Master_ListJobs_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListJobsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MasterServer).ListJobs(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Master_ListJobs_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MasterServer).ListJobs(ctx, req.(*ListJobsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Master_CancelJob_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CancelJobRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MasterServer).CancelJob(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Master_CancelJob_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MasterServer).CancelJob(ctx, req.(*CancelJobRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Master_Work_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(WorkRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MasterServer).Work(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Master_Work_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MasterServer).Work(ctx, req.(*WorkRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Master_ReportJob_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReportJobRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MasterServer).ReportJob(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Master_ReportJob_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MasterServer).ReportJob(ctx, req.(*ReportJobRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Master_Status_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(StatusRequest)
 	if err := dec(in); err != nil {
@@ -685,6 +897,30 @@ var Master_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Locate",
 			Handler:    _Master_Locate_Handler,
+		},
+		{
+			MethodName: "CreateJob",
+			Handler:    _Master_CreateJob_Handler,
+		},
+		{
+			MethodName: "GetJob",
+			Handler:    _Master_GetJob_Handler,
+		},
+		{
+			MethodName: "ListJobs",
+			Handler:    _Master_ListJobs_Handler,
+		},
+		{
+			MethodName: "CancelJob",
+			Handler:    _Master_CancelJob_Handler,
+		},
+		{
+			MethodName: "Work",
+			Handler:    _Master_Work_Handler,
+		},
+		{
+			MethodName: "ReportJob",
+			Handler:    _Master_ReportJob_Handler,
 		},
 		{
 			MethodName: "Status",

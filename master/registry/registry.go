@@ -62,6 +62,9 @@ const (
 	reserved = "reserved/" // node → bytes, the sum over its volumes
 	workers  = "workers/"  // node → worker, under the worker's lease
 	known    = "known/"    // node → worker, as above, under a longer lease: workers that are gone are shown for a while
+	jobs     = "jobs/"     // id → record.Job without its nodes, under a lease, as its work is
+	work     = "work/"     // node/id → record.JobNode
+	news     = "news/"     // node → the id of the job that was made or canceled last: to be watched
 	mounts   = "mounts"    // path, which begins with "/" → record.Mount
 
 	namespace = "namespace" // no folder: the mount table's id, from its first change on

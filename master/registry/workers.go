@@ -149,23 +149,9 @@ func (r *Registry) rememberOne(ctx context.Context, v record.Volume) error {
 // Heartbeat keeps a worker's lease; known is false if it has to register. Of two processes of one
 // worker, while one follows the other, the last to register is known.
 func (r *Registry) Heartbeat(ctx context.Context, uuid, node, key string, b record.Beat) (known bool, lease time.Duration, err error) {
-	if err := record.CheckWorker(uuid, node); err != nil {
-		return false, 0, err
-	}
-	resp, err := r.kv.Get(ctx, r.key(workers, node))
-	if err != nil {
-		return false, 0, unavailable("heartbeat", err)
-	}
-	kv := first(resp.Kvs)
-	if kv == nil {
-		return false, r.lease, nil
-	}
-	w, err := decode[worker](kv)
-	if err != nil {
-		return false, 0, err
-	}
-	if w.UUID != uuid || w.Key != key {
-		return false, r.lease, nil
+	w, known, err := r.worker(ctx, uuid, node, key)
+	if err != nil || !known {
+		return false, r.lease, err
 	}
 	for _, id := range []clientv3.LeaseID{w.Known, w.Alive} { // this order: who is alive is known
 		_, err = r.kv.KeepAliveOnce(ctx, id)
@@ -178,6 +164,23 @@ func (r *Registry) Heartbeat(ctx context.Context, uuid, node, key string, b reco
 	}
 	r.keepBeat(node, uuid, b)
 	return true, r.lease, nil
+}
+
+// worker is the one of the node, if it is the one that asks.
+func (r *Registry) worker(ctx context.Context, uuid, node, key string) (w worker, known bool, err error) {
+	if err := record.CheckWorker(uuid, node); err != nil {
+		return w, false, err
+	}
+	resp, err := r.kv.Get(ctx, r.key(workers, node))
+	if err != nil {
+		return w, false, unavailable("look worker up", err)
+	}
+	kv := first(resp.Kvs)
+	if kv == nil {
+		return w, false, nil
+	}
+	w, err = decode[worker](kv)
+	return w, err == nil && w.UUID == uuid && w.Key == key, err
 }
 
 func (r *Registry) keepBeat(node, uuid string, b record.Beat) {

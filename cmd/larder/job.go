@@ -1,0 +1,289 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/larderfs/larder/master/client"
+	"github.com/larderfs/larder/master/record"
+)
+
+// jobEntry is what `larder job show -o json` prints, and an entry of `larder job ls -o json`. Fields are added, never
+// changed.
+type jobEntry struct {
+	Job      string          `json:"job"`
+	Kind     record.JobKind  `json:"kind"`
+	URIs     []string        `json:"uris"`
+	Endpoint string          `json:"endpoint,omitempty"`
+	State    record.JobState `json:"state"`
+	Created  time.Time       `json:"created"`
+	Files    int64           `json:"files"` // sum over the nodes, as all below
+	Bytes    int64           `json:"bytes"`
+	Present  int64           `json:"presentFiles"` // of the files: cached before
+	Failed   int64           `json:"failedFiles"`
+	Nodes    []nodeJob       `json:"nodes"`
+}
+
+type nodeJob struct {
+	Node    string          `json:"node"`
+	State   record.JobState `json:"state"`
+	Files   int64           `json:"files"`
+	Bytes   int64           `json:"bytes"`
+	Present int64           `json:"presentFiles"`
+	Failed  int64           `json:"failedFiles"`
+	Error   string          `json:"error,omitempty"`
+	Started time.Time       `json:"started,omitzero"`
+	Updated time.Time       `json:"updated,omitzero"`
+}
+
+func newJobEntry(j client.Job) jobEntry {
+	e := jobEntry{Job: j.ID, Kind: j.Kind, URIs: j.URIs, Endpoint: j.Endpoint, State: j.State(), Created: j.Created, Nodes: []nodeJob{}}
+	for _, n := range j.Nodes {
+		e.Files, e.Bytes, e.Present, e.Failed = e.Files+n.Files, e.Bytes+n.Bytes, e.Present+n.PresentFiles, e.Failed+n.FailedFiles
+		e.Nodes = append(e.Nodes, nodeJob{n.Node, n.State, n.Files, n.Bytes, n.PresentFiles, n.FailedFiles, n.Error, n.Started, n.Updated})
+	}
+	return e
+}
+
+func loadCommand() *cobra.Command {
+	return startCommand(record.Load, &cobra.Command{
+		Use: "load URI…", Short: "Cache what lies below under-store URIs, before anybody reads it",
+		Long: `Have workers cache an object, or everything below a prefix, at low priority:
+
+  larder load s3://bucket/warehouse/sales
+  larder load s3://bucket/a/ s3://bucket/b/ --nodes node-1,node-2
+
+A node reads with the credential of a volume that is published there and has the URI. Without --nodes
+that are all nodes that have such a volume. The job goes on when this command is interrupted, and when workers or
+the master are killed; what is cached already is not fetched again.`,
+	})
+}
+
+func freeCommand() *cobra.Command {
+	return startCommand(record.Free, &cobra.Command{
+		Use: "free URI…", Short: "Evict what lies below under-store URIs from the caches",
+		Long: `Have workers evict an object, or everything below a prefix. Who has a file open reads on; whoever opens it
+later has it fetched again.
+
+  larder free s3://bucket/warehouse/sales`,
+	})
+}
+
+// startCommand is a command that makes a job and follows it.
+func startCommand(kind record.JobKind, cmd *cobra.Command) *cobra.Command {
+	var q question
+	var spec client.JobSpec
+	var nodes string
+	var detach bool
+	cmd.Args = cobra.MinimumNArgs(1)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		spec.Kind, spec.URIs = kind, args
+		if nodes != "" && nodes != "all" {
+			spec.Nodes = strings.Split(nodes, ",")
+		}
+		return q.ask(cmd.Context(), func(ctx context.Context, m *client.Client) error {
+			j, err := m.CreateJob(ctx, spec)
+			if err != nil {
+				return err
+			}
+			if detach {
+				if q.format == "json" {
+					return printJSON(cmd.OutOrStdout(), newJobEntry(j))
+				}
+				_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s\n", j.ID)
+				return err
+			}
+			return q.follow(ctx, m, j, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		})
+	}
+	q.flags(cmd)
+	f := cmd.Flags()
+	f.StringVar(&spec.Endpoint, "endpoint", "", "`URL` of the S3 store; empty for all that have such a bucket")
+	f.StringVar(&nodes, "nodes", "all", "`names` of nodes with commas between, or all")
+	f.BoolVar(&detach, "detach", false, "print the job's id and do not wait for its end")
+	return cmd
+}
+
+// follow shows the progress until the job ends, and then its end; a master that is away for a while is waited for. A job
+// that did not succeed is an error.
+func (q *question) follow(ctx context.Context, m *client.Client, j client.Job, out, progress io.Writer) error {
+	bar := newMeter(progress)
+	for !j.State().Ended() {
+		bar.show(newJobEntry(j))
+		select {
+		case <-time.After(followEvery):
+		case <-ctx.Done():
+			bar.end()
+			return fmt.Errorf("job %s goes on; `larder job show %[1]s` tells how far it is, `larder job cancel %[1]s` ends it", j.ID)
+		}
+		now, err := m.Job(ctx, j.ID)
+		switch {
+		case err == nil:
+			j = now
+		case !errors.Is(err, client.ErrUnavailable) && ctx.Err() == nil:
+			bar.end()
+			return err
+		}
+	}
+	bar.end()
+	e := newJobEntry(j)
+	if q.format == "json" {
+		if err := printJSON(out, e); err != nil {
+			return err
+		}
+	} else if err := e.print(out, time.Now()); err != nil {
+		return err
+	}
+	switch e.State {
+	case record.JobDone:
+		return nil
+	case record.JobSkipped:
+		return fmt.Errorf("job %s: no node has a volume of it: publish one there first", j.ID)
+	}
+	return fmt.Errorf("job %s %s", j.ID, e.State)
+}
+
+const followEvery = 500 * time.Millisecond
+
+// meter shows progress: a line that is written over on a terminal, else a line now and then.
+type meter struct {
+	out      io.Writer
+	terminal bool
+	last     time.Time
+	since    time.Time
+	shown    bool
+}
+
+func newMeter(out io.Writer) *meter {
+	f, ok := out.(*os.File)
+	return &meter{out: out, terminal: ok && term.IsTerminal(int(f.Fd())), since: time.Now()}
+}
+
+// plainEvery is how often a line is written where lines stay.
+const plainEvery = 10 * time.Second
+
+func (b *meter) show(e jobEntry) {
+	now := time.Now()
+	if !b.terminal && now.Sub(b.last) < plainEvery {
+		return
+	}
+	b.last, b.shown = now, true
+	ended := 0
+	for _, n := range e.Nodes {
+		if n.State.Ended() {
+			ended++
+		}
+	}
+	line := fmt.Sprintf("%s %s: %d files, %s, %d of %d nodes ended, %s", e.Job, e.State, e.Files, bytes(e.Bytes), ended, len(e.Nodes), age(now.Sub(b.since)))
+	if b.terminal {
+		fmt.Fprintf(b.out, "\r\x1b[K%s", line)
+		return
+	}
+	fmt.Fprintln(b.out, line)
+}
+
+func (b *meter) end() {
+	if b.terminal && b.shown {
+		fmt.Fprint(b.out, "\r\x1b[K")
+	}
+}
+
+func (e jobEntry) print(out io.Writer, now time.Time) error {
+	fmt.Fprintf(out, "%s  %s  %s\n\n", e.Job, e.State, strings.Join(e.URIs, " "))
+	t := newTable(out)
+	fmt.Fprintln(t, "NODE\tSTATE\tFILES\tBYTES\tPRESENT\tFAILED\tUPDATED\t")
+	for _, n := range e.Nodes {
+		updated := "-"
+		if !n.Updated.IsZero() {
+			updated = age(now.Sub(n.Updated)) + " ago"
+		}
+		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%d\t%d\t%s\t%s\n", n.Node, n.State, n.Files, bytes(n.Bytes), n.Present, n.Failed, updated, n.Error)
+	}
+	return t.Flush()
+}
+
+func jobCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "job", Short: "Loads and frees: what they are doing, and how they ended"}
+	cmd.AddCommand(jobListCommand(), jobShowCommand(), jobCancelCommand())
+	return cmd
+}
+
+func jobListCommand() *cobra.Command {
+	var q question
+	cmd := &cobra.Command{
+		Use: "ls", Short: "List the jobs of the last days", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return q.ask(cmd.Context(), func(ctx context.Context, m *client.Client) error {
+				js, err := m.Jobs(ctx)
+				if err != nil {
+					return err
+				}
+				entries := []jobEntry{}
+				for _, j := range js {
+					entries = append(entries, newJobEntry(j))
+				}
+				if q.format == "json" {
+					return printJSON(cmd.OutOrStdout(), entries)
+				}
+				return printJobs(cmd.OutOrStdout(), entries, time.Now())
+			})
+		},
+	}
+	q.flags(cmd)
+	return cmd
+}
+
+func printJobs(out io.Writer, entries []jobEntry, now time.Time) error {
+	t := newTable(out)
+	fmt.Fprintln(t, "JOB\tSTATE\tAGE\tNODES\tFILES\tBYTES\tFAILED\tURIS")
+	for _, e := range entries {
+		fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%d\t%s\t%d\t%s\n", e.Job, e.State, age(now.Sub(e.Created)), len(e.Nodes), e.Files, bytes(e.Bytes), e.Failed, strings.Join(e.URIs, " "))
+	}
+	return t.Flush()
+}
+
+func jobShowCommand() *cobra.Command {
+	var q question
+	var follow bool
+	cmd := &cobra.Command{
+		Use: "show JOB", Short: "Show how far a job is on each node", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return q.ask(cmd.Context(), func(ctx context.Context, m *client.Client) error {
+				j, err := m.Job(ctx, args[0])
+				if err != nil {
+					return err
+				}
+				if follow {
+					return q.follow(ctx, m, j, cmd.OutOrStdout(), cmd.ErrOrStderr())
+				}
+				if q.format == "json" {
+					return printJSON(cmd.OutOrStdout(), newJobEntry(j))
+				}
+				return newJobEntry(j).print(cmd.OutOrStdout(), time.Now())
+			})
+		},
+	}
+	q.flags(cmd)
+	cmd.Flags().BoolVar(&follow, "follow", false, "wait for the job's end; exit code 1 unless it is done")
+	return cmd
+}
+
+func jobCancelCommand() *cobra.Command {
+	var q question
+	cmd := &cobra.Command{
+		Use: "cancel JOB", Short: "End a job; what it has cached stays", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return q.ask(cmd.Context(), func(ctx context.Context, m *client.Client) error { return m.CancelJob(ctx, args[0]) })
+		},
+	}
+	q.flags(cmd)
+	return cmd
+}

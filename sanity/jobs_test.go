@@ -1,0 +1,215 @@
+package sanity
+
+import (
+	"encoding/json"
+	"flag"
+	"fmt"
+	"net/http"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/larderfs/larder/sanity/s3test"
+)
+
+var loadObjects = flag.Int("load-objects", 600, "objects of TestALoadOutlivesWhoDoesIt")
+
+// twoNodes are two nodes with one master.
+func twoNodes(t *testing.T, endpoint string) (a, b *apart) {
+	a = startApart(t, endpoint, "worker", "--listen=127.0.0.1:0", "master", "--worker-lease=3s")
+	b = startApart(t, endpoint, "worker", "--listen=127.0.0.1:0", "worker", "--node-name=n2", "node", "--node-name=n2",
+		"worker", "--master=unix://"+filepath.Join(a.dir, "run/master.sock"))
+	a.await(func() bool {
+		var ws []struct{ Gone bool }
+		return a.ask(&ws, "worker", "ls") == nil && len(ws) == 2 && !ws[0].Gone && !ws[1].Gone
+	})
+	return a, b
+}
+
+// jobShown is what `larder job show` tells.
+type jobShown struct {
+	Job, State                              string
+	Files, Bytes, PresentFiles, FailedFiles int64
+	Nodes                                   []struct {
+		Node, State, Error string
+		Files              int64
+	}
+}
+
+// run runs a command of larder that follows a job, and returns what it shows in the end.
+func (a *apart) run(t *testing.T, args ...string) (j jobShown, failed error) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), larderBinary, append(args, "--master", "unix://"+filepath.Join(a.dir, "run/master.sock"), "-o", "json")...)
+	var diag strings.Builder
+	cmd.Stderr = &diag
+	out, err := cmd.Output()
+	if err != nil {
+		failed = fmt.Errorf("larder %v: %w: %s", args, err, diag.String())
+	}
+	if jerr := json.Unmarshal(out, &j); jerr != nil && err == nil {
+		t.Fatalf("larder %v: %v: %s", args, jerr, out)
+	}
+	return j, failed
+}
+
+// A load goes on when the command, the master and the workers are killed in the middle of it, and nothing is
+// fetched twice but what was in flight.
+func TestALoadOutlivesWhoDoesIt(t *testing.T) {
+	store := s3test.Start(t)
+	const folders, size = 7, 4096
+	var g errgroup.Group
+	g.SetLimit(8)
+	for i := range *loadObjects {
+		g.Go(func() error { // through the server, of which the counts are reset
+			_, err := store.Put(fmt.Sprintf("ds/d%d/%06d", i%folders, i), pattern(size, uint64(i)))
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	a, b := twoNodes(t, store.Endpoint)
+	_, targetA := publish(t, a.Kubelet, bucket(store, "v", "ds"))
+	publish(t, b.Kubelet, bucket(store, "w", "ds"))
+	uri := "s3://" + store.Bucket + "/ds"
+
+	load := exec.Command(larderBinary, "load", uri, "--master", "unix://"+filepath.Join(a.dir, "run/master.sock"))
+	restart := func(n *apart, name string) func() {
+		return func() { n.end(name, syscall.SIGKILL); n.start(name) }
+	}
+	kills := []func(){
+		restart(a, "worker"), func() { load.Process.Kill(); load.Wait() }, restart(a, "master"), restart(b, "worker"), restart(a, "master"),
+	}
+	var gets atomic.Int64
+	at, killed := make(chan func()), make(chan struct{})
+	store.ResetCounts()
+	store.SetHook(func(w http.ResponseWriter, r *http.Request, req s3test.Request, next http.Handler) {
+		every := int64(2 * *loadObjects / (len(kills) + 1))
+		if req.Kind == s3test.Get {
+			if n := gets.Add(1); n%every == 0 && n/every <= int64(len(kills)) {
+				at <- kills[n/every-1]
+				<-killed
+			}
+		}
+		next.ServeHTTP(w, r)
+	})
+	if err := load.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for range kills {
+		select {
+		case kill := <-at:
+			kill()
+			killed <- struct{}{}
+		case <-time.After(time.Minute):
+			t.Fatalf("the load has stopped after %d GETs", gets.Load())
+		}
+	}
+	var js []jobShown
+	a.await(func() bool { return a.ask(&js, "job", "ls") == nil && len(js) == 1 })
+	j, err := a.run(t, "job", "show", js[0].Job, "--follow")
+	if err != nil || j.State != "done" || j.FailedFiles != 0 || j.Files < int64(2**loadObjects) {
+		t.Errorf("%+v, %v", j, err)
+	}
+	counts := store.Counts()
+	total := int64(2 * *loadObjects * size)
+	t.Logf("%d objects on each of two nodes: %d GETs, %.4f times the bytes", *loadObjects, counts.Get, float64(counts.GetBytes)/float64(total))
+	if counts.GetBytes > total+max(total/20, 2*16*size) { // of a small test, what was in flight is more than a twentieth
+		t.Errorf("%d bytes were fetched for %d", counts.GetBytes, total)
+	}
+	want := fmt.Sprintf("%d/%d", total/2, *loadObjects)
+	var l located
+	a.await(func() bool {
+		return a.ask(&l, "locate", uri) == nil && slices.Equal(l.sums(), []string{"n1 " + want, "n2 " + want})
+	})
+	store.ResetCounts()
+	mustShell(t, "cat "+targetA+"/data/*/* >/dev/null")
+	if c := store.Counts(); c.Get != 0 {
+		t.Errorf("%d GETs for files that are loaded", c.Get)
+	}
+	again, err := a.run(t, "load", uri)
+	if err != nil || again.PresentFiles != int64(2**loadObjects) || store.Counts().Get != 0 {
+		t.Errorf("loaded again: %+v, %v, %d GETs", again, err, store.Counts().Get)
+	}
+}
+
+// What a job may do to whom, and how it ends otherwise.
+func TestJobs(t *testing.T) {
+	store := s3test.Start(t)
+	put(t, store, map[string][]byte{"ds/a": pattern(100, 1), "ds/b/c": pattern(3<<20, 2), "ds/b/d": pattern(10, 3), "ds/e": {}, "dsx": pattern(9, 1)})
+	a, _ := twoNodes(t, store.Endpoint)
+	publish(t, a.Kubelet, bucket(store, "v", "ds"))
+	uri := "s3://" + store.Bucket
+	sums := func() []string {
+		var l located
+		if err := a.ask(&l, "locate", uri); err != nil {
+			t.Error(err)
+		}
+		return l.sums()
+	}
+
+	j, err := a.run(t, "load", uri+"/ds")
+	if err != nil || j.State != "done" || j.Files != 4 || j.Bytes != 3<<20+110 || len(j.Nodes) != 2 || j.Nodes[1].State != "skipped" {
+		t.Errorf("load: %+v, %v", j, err)
+	}
+	if got := sums(); !slices.Equal(got, []string{"n1 3145838/3", "n2 0/0"}) && !slices.Equal(got, []string{"n1 3145838/4", "n2 0/0"}) {
+		t.Errorf("cached: %v", got)
+	}
+	if j, err := a.run(t, "free", uri+"/ds/b"); err != nil || j.Files != 2 || j.Bytes != 3<<20+10 {
+		t.Errorf("free: %+v, %v", j, err)
+	}
+	if j, err := a.run(t, "load", uri+"/ds/b/d", uri+"/ds/a"); err != nil || j.Files != 2 || j.PresentFiles != 1 || j.Bytes != 110 {
+		t.Errorf("load of two files: %+v, %v", j, err)
+	}
+	if j, err := a.run(t, "load", uri); err != nil || j.Files != 4 { // the volume's part of it
+		t.Errorf("load of the bucket: %+v, %v", j, err)
+	}
+	for _, c := range []struct {
+		name, want string
+		args       []string
+	}{
+		{"a node without a volume of it", "no volume that is published on this node has it: publish one there", []string{"load", uri + "/ds", "--nodes", "n2"}},
+		{"a node that is not there", `node "n9" has no worker that is alive`, []string{"load", uri + "/ds", "--nodes", "n9"}},
+		{"nothing anywhere", "no node has a volume of it", []string{"load", "s3://other/x"}},
+		{"no scheme", "scheme", []string{"load", "/ds"}},
+		{"no such job", "`larder job ls`", []string{"job", "show", "load-x"}},
+	} {
+		j, err := a.run(t, c.args...)
+		if said := fmt.Sprint(err, j); err == nil || !strings.Contains(said, c.want) {
+			t.Errorf("%s: %s; want %q", c.name, said, c.want)
+		}
+	}
+
+	asked := make(chan struct{}, 100)
+	if _, err := a.run(t, "free", uri); err != nil {
+		t.Error(err)
+	}
+	asked = make(chan struct{}, 100)
+	store.SetHook(func(w http.ResponseWriter, r *http.Request, req s3test.Request, next http.Handler) {
+		if req.Kind != s3test.Get {
+			next.ServeHTTP(w, r)
+			return
+		}
+		asked <- struct{}{}
+		<-r.Context().Done()
+	})
+	out, err := exec.Command(larderBinary, "load", uri+"/ds", "--detach", "--master", "unix://"+filepath.Join(a.dir, "run/master.sock")).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := strings.TrimSpace(string(out))
+	<-asked
+	if out, err := exec.Command(larderBinary, "job", "cancel", id, "--master", "unix://"+filepath.Join(a.dir, "run/master.sock")).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if j, err := a.run(t, "job", "show", id, "--follow"); err == nil || j.State != "canceled" {
+		t.Errorf("canceled: %+v, %v", j, err)
+	}
+}
