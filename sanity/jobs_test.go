@@ -213,3 +213,44 @@ func TestJobs(t *testing.T) {
 		t.Errorf("canceled: %+v, %v", j, err)
 	}
 }
+
+// The doctor finds nothing wrong where nothing is, and names what is away.
+func TestDoctor(t *testing.T) {
+	store := s3test.Start(t)
+	put(t, store, dataset())
+	a := startApart(t, store.Endpoint)
+	publish(t, a.Kubelet, bucket(store, "v", "ds"))
+	examine := func() (said string, healthy bool) {
+		out, err := exec.Command(larderBinary, "doctor", "--dir", a.dir).CombinedOutput()
+		return string(out), err == nil
+	}
+	var said string
+	defer func() {
+		if t.Failed() {
+			t.Log(said)
+		}
+	}()
+	a.await(func() bool { // the worker registers
+		var healthy bool
+		said, healthy = examine()
+		return healthy && strings.Contains(said, "1 workers, 1 volumes")
+	})
+	for _, want := range []string{"1, all served", "and its clock is ours", "worker ", "broker "} {
+		if !strings.Contains(said, want) {
+			t.Errorf("no %q in:\n%s", want, said)
+		}
+	}
+	a.end("worker", syscall.SIGKILL)
+	if said, healthy := examine(); healthy || !strings.Contains(said, "has no worker: who reads it waits") || !strings.Contains(said, "→") {
+		t.Errorf("without a worker:\n%s", said)
+	}
+	a.start("worker")
+	a.end("master", syscall.SIGKILL)
+	if said, healthy := examine(); healthy || !strings.Contains(said, "volumes are read and published without it") {
+		t.Errorf("without a master:\n%s", said)
+	}
+	a.start("master") // to unpublish
+	if err := a.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"slices"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
+	"sigs.k8s.io/yaml"
 
 	"github.com/larderfs/larder/master/client"
 )
@@ -19,19 +21,19 @@ import (
 type question struct {
 	dir    string
 	master string
-	format string
+	output
 }
 
 func (q *question) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&q.dir, "dir", "/var/lib/larder", "the --dir of larder up")
 	cmd.Flags().StringVar(&q.master, "master", "", "`address` of the master: unix:///path or host:port, several with commas between; instead of --dir")
-	cmd.Flags().StringVarP(&q.format, "output", "o", "table", "table or json")
+	q.output.flags(cmd)
 }
 
 // ask hands a client to f.
 func (q *question) ask(ctx context.Context, f func(context.Context, *client.Client) error) error {
-	if q.format != "table" && q.format != "json" {
-		return fmt.Errorf("-o %q: want table or json", q.format)
+	if err := q.check(); err != nil {
+		return err
 	}
 	target := q.master
 	if target == "" {
@@ -51,6 +53,35 @@ func (q *question) ask(ctx context.Context, f func(context.Context, *client.Clie
 		err = fmt.Errorf("ask the master at %s: %w", target, err)
 	}
 	return err
+}
+
+// output is how a command prints what it found.
+type output struct{ format string }
+
+func (o *output) flags(cmd *cobra.Command) {
+	cmd.Flags().StringVarP(&o.format, "output", "o", "table", "table, json or yaml")
+}
+
+func (o *output) check() error {
+	if !slices.Contains([]string{"table", "json", "yaml"}, o.format) {
+		return fmt.Errorf("-o %q: want table, json or yaml", o.format)
+	}
+	return nil
+}
+
+// print prints v for programs, or has table print it for people.
+func (o *output) print(w io.Writer, v any, table func(io.Writer) error) error {
+	switch o.format {
+	case "json":
+		return printJSON(w, v)
+	case "yaml":
+		b, err := yaml.Marshal(v)
+		if err == nil {
+			_, err = w.Write(b)
+		}
+		return err
+	}
+	return table(w)
 }
 
 func printJSON(w io.Writer, v any) error {

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 
 	"github.com/larderfs/larder/master/client"
 	"github.com/larderfs/larder/master/record"
@@ -95,11 +94,10 @@ func startCommand(kind record.JobKind, cmd *cobra.Command) *cobra.Command {
 				return err
 			}
 			if detach {
-				if q.format == "json" {
-					return printJSON(cmd.OutOrStdout(), newJobEntry(j))
-				}
-				_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s\n", j.ID)
-				return err
+				return q.print(cmd.OutOrStdout(), newJobEntry(j), func(w io.Writer) error {
+					_, err := fmt.Fprintln(w, j.ID)
+					return err
+				})
 			}
 			return q.follow(ctx, m, j, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		})
@@ -135,11 +133,7 @@ func (q *question) follow(ctx context.Context, m *client.Client, j client.Job, o
 	}
 	bar.end()
 	e := newJobEntry(j)
-	if q.format == "json" {
-		if err := printJSON(out, e); err != nil {
-			return err
-		}
-	} else if err := e.print(out, time.Now()); err != nil {
+	if err := q.print(out, e, e.print); err != nil {
 		return err
 	}
 	switch e.State {
@@ -164,7 +158,7 @@ type meter struct {
 
 func newMeter(out io.Writer) *meter {
 	f, ok := out.(*os.File)
-	return &meter{out: out, terminal: ok && term.IsTerminal(int(f.Fd())), since: time.Now()}
+	return &meter{out: out, terminal: ok && isTerminal(f), since: time.Now()}
 }
 
 // plainEvery is how often a line is written where lines stay.
@@ -196,7 +190,8 @@ func (b *meter) end() {
 	}
 }
 
-func (e jobEntry) print(out io.Writer, now time.Time) error {
+func (e jobEntry) print(out io.Writer) error {
+	now := time.Now()
 	fmt.Fprintf(out, "%s  %s  %s\n\n", e.Job, e.State, strings.Join(e.URIs, " "))
 	t := newTable(out)
 	fmt.Fprintln(t, "NODE\tSTATE\tFILES\tBYTES\tPRESENT\tFAILED\tUPDATED\t")
@@ -230,10 +225,7 @@ func jobListCommand() *cobra.Command {
 				for _, j := range js {
 					entries = append(entries, newJobEntry(j))
 				}
-				if q.format == "json" {
-					return printJSON(cmd.OutOrStdout(), entries)
-				}
-				return printJobs(cmd.OutOrStdout(), entries, time.Now())
+				return q.print(cmd.OutOrStdout(), entries, func(w io.Writer) error { return printJobs(w, entries, time.Now()) })
 			})
 		},
 	}
@@ -264,10 +256,8 @@ func jobShowCommand() *cobra.Command {
 				if follow {
 					return q.follow(ctx, m, j, cmd.OutOrStdout(), cmd.ErrOrStderr())
 				}
-				if q.format == "json" {
-					return printJSON(cmd.OutOrStdout(), newJobEntry(j))
-				}
-				return newJobEntry(j).print(cmd.OutOrStdout(), time.Now())
+				e := newJobEntry(j)
+				return q.print(cmd.OutOrStdout(), e, e.print)
 			})
 		},
 	}

@@ -76,10 +76,7 @@ func workerListCommand() *cobra.Command {
 					return err
 				}
 				entries := workerEntries(ws)
-				if q.format == "json" {
-					return printJSON(cmd.OutOrStdout(), entries)
-				}
-				return printWorkers(cmd.OutOrStdout(), entries, time.Now())
+				return q.print(cmd.OutOrStdout(), entries, func(w io.Writer) error { return printWorkers(w, entries, time.Now()) })
 			})
 		},
 	}
@@ -151,10 +148,7 @@ func volumeListCommand() *cobra.Command {
 					return err
 				}
 				entries := volumeEntries(vs, ws)
-				if q.format == "json" {
-					return printJSON(cmd.OutOrStdout(), entries)
-				}
-				return printVolumes(cmd.OutOrStdout(), entries)
+				return q.print(cmd.OutOrStdout(), entries, func(w io.Writer) error { return printVolumes(w, entries) })
 			})
 		},
 	}

@@ -50,10 +50,7 @@ A ? or # in a key is written as %3F or %23. Nodes that do not answer are listed 
 					return err
 				}
 				l := newLocation(args[0], found)
-				if q.format == "json" {
-					return printJSON(cmd.OutOrStdout(), l)
-				}
-				return l.print(cmd.OutOrStdout())
+				return q.print(cmd.OutOrStdout(), l, l.print)
 			})
 		},
 	}

@@ -73,12 +73,13 @@ type featureStatus struct {
 }
 
 func statusCommand() *cobra.Command {
-	var dir, run, format string
+	var dir, run string
+	var o output
 	cmd := &cobra.Command{
 		Use: "status", Short: "Show the node's cache, mounts and processes", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if format != "table" && format != "json" {
-				return fmt.Errorf("-o %q: want table or json", format)
+			if err := o.check(); err != nil {
+				return err
 			}
 			if run == "" {
 				run = filepath.Join(dir, "run")
@@ -89,15 +90,12 @@ func statusCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if format == "json" {
-				return printJSON(cmd.OutOrStdout(), s)
-			}
-			return s.print(cmd.OutOrStdout())
+			return o.print(cmd.OutOrStdout(), s, s.print)
 		},
 	}
 	cmd.Flags().StringVar(&dir, "dir", "/var/lib/larder", "the --dir of larder up")
 	cmd.Flags().StringVar(&run, "run-dir", "", "the --run-dir of larder worker and csi node, instead of --dir")
-	cmd.Flags().StringVarP(&format, "output", "o", "table", "table or json")
+	o.flags(cmd)
 	return cmd
 }
 

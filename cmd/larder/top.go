@@ -73,13 +73,10 @@ the worker: files that are completely cached are read by the kernel alone.`,
 					return s.live(ctx, screen, every)
 				}
 				w, err := s.twice(ctx, every)
-				switch {
-				case err != nil:
+				if err != nil {
 					return err
-				case q.format == "json":
-					return printJSON(cmd.OutOrStdout(), w)
 				}
-				return w.print(cmd.OutOrStdout())
+				return q.print(cmd.OutOrStdout(), w, w.print)
 			})
 		},
 	}

@@ -203,6 +203,9 @@ func (r *Registry) Work(ctx context.Context, uuid, node, key string, seen int64)
 	if seen > 0 {
 		r.awaitNews(ctx, node, seen)
 	}
+	if ctx.Err() != nil { // the worker has gone
+		return nil, 0, ctx.Err()
+	}
 	resp, err := r.kv.Get(ctx, r.key(work, node+"/"), clientv3.WithPrefix())
 	if err != nil {
 		return nil, 0, unavailable("list work", err)
