@@ -149,10 +149,15 @@ func (j *jobs) inTurn(ctx context.Context, job client.Job, p *progress) error {
 	defer reporting.Wait()
 	defer close(done)
 	reporting.Go(func() { j.report(ctx, job.ID, p, done) })
-	if job.Kind == record.Free {
-		return j.free(ctx, job, p)
+	switch job.Kind {
+	case record.Free:
+		return j.eachCached(ctx, job, p, j.w.store.Evict)
+	case record.Unpin:
+		return j.eachCached(ctx, job, p, j.w.store.Unpin)
+	case record.Load, record.Pin:
+		return j.load(ctx, job, p)
 	}
-	return j.load(ctx, job, p)
+	return fmt.Errorf("this worker (%s) knows no job %q", j.w.cfg.Version, job.Kind)
 }
 
 func (j *jobs) report(ctx context.Context, id string, p *progress, done <-chan struct{}) {
@@ -287,7 +292,7 @@ func (j *jobs) load(ctx context.Context, job client.Job, p *progress) error {
 			continue
 		}
 		for _, at := range ps {
-			if err := j.loadPlace(ctx, at, n.After, p); err != nil {
+			if err := j.loadPlace(ctx, at, n.After, job.Kind == record.Pin, p); err != nil {
 				return fmt.Errorf("%s: %w", uri, err)
 			}
 		}
@@ -309,7 +314,7 @@ type wanted struct {
 }
 
 // loadPlace lists a place and caches its files, some at once; they are counted in order.
-func (j *jobs) loadPlace(ctx context.Context, at place, after string, p *progress) error {
+func (j *jobs) loadPlace(ctx context.Context, at place, after string, pin bool, p *progress) error {
 	order := make(chan *wanted, filesAhead)
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
@@ -342,7 +347,7 @@ func (j *jobs) loadPlace(ctx context.Context, at place, after string, p *progres
 			}
 			loading.Go(func() error {
 				defer close(f.done)
-				f.present, f.err = j.loadFile(gctx, at.data, obj)
+				f.present, f.err = j.loadFile(gctx, at.data, obj, pin)
 				return nil
 			})
 			return nil
@@ -369,11 +374,14 @@ func (at place) each(ctx context.Context, after string, f func(object.Object) er
 	return at.data.Walk(ctx, at.prefix, after, f)
 }
 
-// loadFile caches an object: the latest version of it, and one that has gone is none.
-func (j *jobs) loadFile(ctx context.Context, data *dataset.Dataset, obj object.Object) (present bool, err error) {
+// loadFile caches an object, and pins it if it is to be: the latest version of it, and one that has gone is none.
+func (j *jobs) loadFile(ctx context.Context, data *dataset.Dataset, obj object.Object, pin bool) (present bool, err error) {
 	pause := tryAgain >> (triesMost - 2)
 	for try := 1; ; try++ {
 		present, err = data.Load(ctx, obj)
+		if err == nil && pin && obj.Size > 0 {
+			err = j.w.store.Pin(obj.ID())
+		}
 		if errors.Is(err, object.ErrChanged) {
 			obj, err = data.Head(ctx, obj.Key)
 			if err == nil && try < triesMost {
@@ -407,8 +415,8 @@ func (p *progress) count(f *wanted) {
 	})
 }
 
-// free evicts what lies at the job's URIs. Who has it open reads on.
-func (j *jobs) free(ctx context.Context, job client.Job, p *progress) error {
+// eachCached does something to what is cached of the job's URIs, and counts what it was done to.
+func (j *jobs) eachCached(ctx context.Context, job client.Job, p *progress, do func(object.ID) bool) error {
 	for _, uri := range job.URIs {
 		at, err := record.ParseLocation(uri, job.Endpoint)
 		if err != nil {
@@ -427,7 +435,7 @@ func (j *jobs) free(ctx context.Context, job client.Job, p *progress) error {
 				return context.Cause(ctx)
 			}
 			had := j.w.store.Peek(id).PresentBytes
-			if j.w.store.Evict(id) {
+			if do(id) {
 				p.change(func(n *client.JobNode) { n.Files, n.Bytes = n.Files+1, n.Bytes+had })
 			}
 		}

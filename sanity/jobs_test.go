@@ -171,6 +171,12 @@ func TestJobs(t *testing.T) {
 	if j, err := a.run(t, "load", uri); err != nil || j.Files != 4 { // the volume's part of it
 		t.Errorf("load of the bucket: %+v, %v", j, err)
 	}
+	if j, err := a.run(t, "pin", uri+"/ds/a"); err != nil || j.State != "done" || j.Files != 1 {
+		t.Errorf("pin: %+v, %v", j, err)
+	}
+	if j, err := a.run(t, "unpin", uri+"/ds"); err != nil || j.Files != 1 || j.Bytes != 100 {
+		t.Errorf("unpin: %+v, %v", j, err)
+	}
 	for _, c := range []struct {
 		name, want string
 		args       []string

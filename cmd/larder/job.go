@@ -70,9 +70,25 @@ func freeCommand() *cobra.Command {
 	return startCommand(record.Free, &cobra.Command{
 		Use: "free URI…", Short: "Evict what lies below under-store URIs from the caches",
 		Long: `Have workers evict an object, or everything below a prefix. Who has a file open reads on; whoever opens it
-later has it fetched again.
+later has it fetched again. What is pinned goes, too.
 
   larder free s3://bucket/warehouse/sales`,
+	})
+}
+
+func pinCommand() *cobra.Command {
+	return startCommand(record.Pin, &cobra.Command{
+		Use: "pin URI…", Short: "Cache what lies below under-store URIs, and have it stay",
+		Long: `Do as larder load does, and never evict it to make room for others, until larder unpin or larder free. Half of a
+node's cache may be pinned; files beyond that fail. A new version of an object is not pinned: pin it again.
+
+  larder pin s3://bucket/dimensions/`,
+	})
+}
+
+func unpinCommand() *cobra.Command {
+	return startCommand(record.Unpin, &cobra.Command{
+		Use: "unpin URI…", Short: "Let what was pinned below under-store URIs be evicted again",
 	})
 }
 

@@ -2257,7 +2257,7 @@ func (x *MasterStatus) GetMounts() int64 {
 
 type CreateJobRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"` // load or free
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"` // load, free, pin or unpin
 	Uris          []string               `protobuf:"bytes,2,rep,name=uris,proto3" json:"uris,omitempty"` // as in LocateRequest
 	Endpoint      string                 `protobuf:"bytes,3,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
 	Nodes         []string               `protobuf:"bytes,4,rep,name=nodes,proto3" json:"nodes,omitempty"` // none for all that have a worker

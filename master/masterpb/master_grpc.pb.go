@@ -84,7 +84,7 @@ type MasterClient interface {
 	// Locate asks all workers what they have cached of an under-store URI. One that does not answer
 	// in time is listed as such.
 	Locate(ctx context.Context, in *LocateRequest, opts ...grpc.CallOption) (*LocateResponse, error)
-	// CreateJob has nodes load or free what lies below URIs.
+	// CreateJob has nodes load, free, pin or unpin what lies below URIs.
 	CreateJob(ctx context.Context, in *CreateJobRequest, opts ...grpc.CallOption) (*Job, error)
 	GetJob(ctx context.Context, in *GetJobRequest, opts ...grpc.CallOption) (*Job, error)
 	ListJobs(ctx context.Context, in *ListJobsRequest, opts ...grpc.CallOption) (*ListJobsResponse, error)
@@ -363,7 +363,7 @@ type MasterServer interface {
 	// Locate asks all workers what they have cached of an under-store URI. One that does not answer
 	// in time is listed as such.
 	Locate(context.Context, *LocateRequest) (*LocateResponse, error)
-	// CreateJob has nodes load or free what lies below URIs.
+	// CreateJob has nodes load, free, pin or unpin what lies below URIs.
 	CreateJob(context.Context, *CreateJobRequest) (*Job, error)
 	GetJob(context.Context, *GetJobRequest) (*Job, error)
 	ListJobs(context.Context, *ListJobsRequest) (*ListJobsResponse, error)

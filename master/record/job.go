@@ -13,7 +13,10 @@ type JobKind string
 // The kinds of jobs.
 const (
 	Load JobKind = "load" // caches them, each with the credential of a volume of the node that has it
-	Free JobKind = "free" // evicts them
+	Free JobKind = "free" // evicts them, pinned ones too
+
+	Pin   JobKind = "pin" // caches them, and has them stay
+	Unpin JobKind = "unpin"
 )
 
 // JobState is how far a job is on one node, or in all.
@@ -80,8 +83,8 @@ const (
 // Validate names all that is wrong, as ErrInvalid.
 func (s JobSpec) Validate() error {
 	var errs []error
-	if s.Kind != Load && s.Kind != Free {
-		errs = append(errs, fmt.Errorf("kind %.40q: want load or free", s.Kind))
+	if !slices.Contains([]JobKind{Load, Free, Pin, Unpin}, s.Kind) {
+		errs = append(errs, fmt.Errorf("kind %.40q: want load, free, pin or unpin", s.Kind))
 	}
 	if len(s.URIs) == 0 || len(s.URIs) > maxURIs {
 		errs = append(errs, fmt.Errorf("%d URIs: want 1 to %d", len(s.URIs), maxURIs))
