@@ -228,7 +228,7 @@ func cut(text string) string { return text[:min(len(text), 1000)] }
 
 // place is where a job's URI lies in a volume.
 type place struct {
-	data   *dataset.Dataset
+	part   dataset.Part
 	prefix string // "" or ending in "/": all below is wanted
 	key    string // of an object that is wanted, too; "" for none
 }
@@ -240,8 +240,8 @@ func (j *jobs) places(at record.Location) ([]place, error) {
 		return nil, err
 	}
 	var all []place
-	for _, data := range j.w.mounts.datasets() {
-		key, ok := keyAt(at, host, string(data.Store()))
+	for _, part := range j.w.mounts.parts() {
+		key, ok := keyAt(at, host, string(part.Store))
 		if !ok {
 			continue
 		}
@@ -249,20 +249,20 @@ func (j *jobs) places(at record.Location) ([]place, error) {
 		if key != "" {
 			folder += "/"
 		}
-		switch root := data.Root(); {
+		switch root := part.Prefix; {
 		case strings.HasPrefix(folder, root) && folder != root && !at.Below:
-			all = append(all, place{data, folder, key})
+			all = append(all, place{part, folder, key})
 		case strings.HasPrefix(folder, root):
-			all = append(all, place{data, folder, ""})
+			all = append(all, place{part, folder, ""})
 		case strings.HasPrefix(root, folder):
-			all = append(all, place{data, root, ""})
+			all = append(all, place{part, root, ""})
 		}
 	}
 	slices.SortFunc(all, func(a, b place) int {
-		return cmp.Or(cmp.Compare(a.data.Store(), b.data.Store()), cmp.Compare(a.prefix, b.prefix), -cmp.Compare(a.key, b.key))
+		return cmp.Or(cmp.Compare(a.part.Store, b.part.Store), cmp.Compare(a.prefix, b.prefix), -cmp.Compare(a.key, b.key))
 	})
 	return slices.CompactFunc(all, func(a, b place) bool {
-		return a.data.Store() == b.data.Store() && strings.HasPrefix(b.prefix, a.prefix)
+		return a.part.Store == b.part.Store && strings.HasPrefix(b.prefix, a.prefix)
 	}), nil
 }
 
@@ -347,7 +347,7 @@ func (j *jobs) loadPlace(ctx context.Context, at place, after string, pin bool, 
 			}
 			loading.Go(func() error {
 				defer close(f.done)
-				f.present, f.err = j.loadFile(gctx, at.data, obj, pin)
+				f.present, f.err = j.loadFile(gctx, at.part, obj, pin)
 				return nil
 			})
 			return nil
@@ -359,7 +359,7 @@ func (j *jobs) loadPlace(ctx context.Context, at place, after string, pin bool, 
 // each calls f with the place's objects behind a key, in order.
 func (at place) each(ctx context.Context, after string, f func(object.Object) error) error {
 	if at.key != "" && after == "" {
-		switch obj, err := at.data.Head(ctx, at.key); {
+		switch obj, err := at.part.Head(ctx, at.key); {
 		case err == nil:
 			if err := f(obj); err != nil {
 				return err
@@ -371,19 +371,19 @@ func (at place) each(ctx context.Context, after string, f func(object.Object) er
 	if !strings.HasPrefix(after, at.prefix) { // it was the object's key
 		after = ""
 	}
-	return at.data.Walk(ctx, at.prefix, after, f)
+	return at.part.Walk(ctx, at.prefix, after, f)
 }
 
 // loadFile caches an object, and pins it if it is to be: the latest version of it, and one that has gone is none.
-func (j *jobs) loadFile(ctx context.Context, data *dataset.Dataset, obj object.Object, pin bool) (present bool, err error) {
+func (j *jobs) loadFile(ctx context.Context, part dataset.Part, obj object.Object, pin bool) (present bool, err error) {
 	pause := tryAgain >> (triesMost - 2)
 	for try := 1; ; try++ {
-		present, err = data.Load(ctx, obj)
+		present, err = part.Load(ctx, obj)
 		if err == nil && pin && obj.Size > 0 {
 			err = j.w.store.Pin(obj.ID())
 		}
 		if errors.Is(err, object.ErrChanged) {
-			obj, err = data.Head(ctx, obj.Key)
+			obj, err = part.Head(ctx, obj.Key)
 			if err == nil && try < triesMost {
 				continue
 			}

@@ -27,6 +27,8 @@ const redial = 50 * time.Millisecond
 type mounts struct {
 	w *Worker
 
+	reloading sync.Mutex // one at a time, or an older dataset might come last; held across reload
+
 	mu        sync.Mutex       // guards the fields below; never held across a call
 	held      map[string]*held // served
 	fed       map[string]*held // adopted, and served when the broker says so
@@ -202,12 +204,12 @@ func (ms *mounts) all() map[string]*held {
 	return out
 }
 
-// datasets are the volumes' that are served.
-func (ms *mounts) datasets() (all []*dataset.Dataset) {
+// parts are those of all volumes that are served.
+func (ms *mounts) parts() (all []dataset.Part) {
 	ms.mu.Lock()
 	defer ms.mu.Unlock()
 	for _, h := range ms.held {
-		all = append(all, h.data)
+		all = append(all, h.data.Parts()...)
 	}
 	return all
 }
@@ -267,7 +269,7 @@ func (ms *mounts) adopt(rctx context.Context, m brokerwire.Message, files []*os.
 			meter.close()
 		}
 	}()
-	data, err := dataset.Open(st.Volume, ms.w.deps(meter))
+	data, err := ms.w.open(st.Volume, meter)
 	if err == nil && m.Fresh {
 		err = data.Check(rctx)
 	}
@@ -330,8 +332,8 @@ func (ms *mounts) serve(life context.Context, id string) error {
 	if l != nil {
 		err = ms.listen(life, h, l)
 	}
-	if !h.fresh {
-		err = errors.Join(err, ms.reload(id)) // it may have changed since it was adopted
+	if !h.fresh || h.volume.Path != "" {
+		err = errors.Join(err, ms.reload(id)) // it, or what is mounted, may have changed since it was adopted
 	}
 	return err
 }
@@ -403,8 +405,10 @@ func (ms *mounts) listen(ctx context.Context, h *held, l *os.File) error {
 	return nil
 }
 
-// reload reads a volume's new credentials from its memfd.
+// reload reads a volume's new credentials from its memfd, and shows what is mounted now.
 func (ms *mounts) reload(id string) error {
+	ms.reloading.Lock()
+	defer ms.reloading.Unlock()
 	h := ms.get(id)
 	if h == nil {
 		return fmt.Errorf("volume %q is not served here: %w", id, object.ErrNotFound)
@@ -414,7 +418,7 @@ func (ms *mounts) reload(id string) error {
 	if err != nil {
 		return err
 	}
-	data, err := dataset.Open(st.Volume, ms.w.deps(h.meter))
+	data, err := ms.w.open(st.Volume, h.meter)
 	if err != nil {
 		return err
 	}

@@ -34,7 +34,7 @@ func (v socketVolume) find(ctx context.Context, p string) (metadata.Entry, error
 		return metadata.Entry{Folder: true}, nil
 	}
 	dir, name := path.Split(p)
-	return d.Lookup(ctx, d.Root()+dir, name, d.Freshness)
+	return d.Lookup(ctx, dir, name, d.Freshness)
 }
 
 // Stat implements domainsocket.Volume.
@@ -53,8 +53,7 @@ func entryOf(d *dataset.Dataset, e metadata.Entry) domainsocket.Entry {
 
 // List implements domainsocket.Volume.
 func (v socketVolume) List(ctx context.Context, p, after string, max int) ([]domainsocket.Entry, bool, error) {
-	d := v.dataset()
-	dir := d.Root()
+	d, dir := v.dataset(), ""
 	if p != "" {
 		e, err := v.find(ctx, p)
 		if err != nil {
@@ -89,18 +88,24 @@ func (v socketVolume) Open(ctx context.Context, p string) (domainsocket.File, er
 		return nil, fmt.Errorf("%s is a folder: %w", p, object.ErrInvalid)
 	}
 	d := v.dataset()
-	r := d.Reader(e.Object)
+	dir, _ := path.Split(p)
+	o, ok := d.Origin(dir)
+	if !ok || o.Store != e.Object.Store { // what is mounted has changed since
+		return nil, fmt.Errorf("%s: %w", p, object.ErrChanged)
+	}
+	spec := d.Spec(dir)
+	r := d.Reader(o, spec, e.Object)
 	if err := r.Authorize(ctx); err != nil {
 		r.Close()
 		if isGone(err) {
-			d.Changed(e.Object.Key)
+			d.Changed(o, e.Object.Key)
 		}
 		return nil, err
 	}
 	if d.Complete == brokerwire.CompleteAlways || d.Complete == brokerwire.CompleteAuto && d.Peek(e.Object.ID()).PresentBytes > 0 {
-		d.CompleteLater(e.Object) // opened again: the next open gets a descriptor
+		d.CompleteLater(o, spec, e.Object) // opened again: the next open gets a descriptor
 	}
-	return &socketFile{Reader: r, d: d}, nil
+	return &socketFile{Reader: r, d: d, o: o}, nil
 }
 
 // Status implements domainsocket.Volume.
@@ -113,6 +118,7 @@ func (v socketVolume) Status(context.Context) domainsocket.Status {
 type socketFile struct {
 	*fill.Reader
 	d *dataset.Dataset
+	o dataset.Origin
 }
 
 // Descriptor implements domainsocket.File. Bytes without a grant are not given away.
@@ -131,7 +137,7 @@ func (f *socketFile) Descriptor() (*os.File, error) {
 func (f *socketFile) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	n, err := f.Reader.ReadAt(ctx, p, off)
 	if isGone(err) {
-		f.d.Changed(f.Object().Key)
+		f.d.Changed(f.o, f.Object().Key)
 	}
 	return n, err
 }

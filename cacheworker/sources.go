@@ -17,6 +17,7 @@ import (
 // sources opens under stores. Sources with the same store and credential are one, however
 // many volumes read through them.
 type sources struct {
+	resolver
 	cfg      Config
 	nodeKey  []byte
 	observer source.Observer
@@ -31,9 +32,13 @@ type sources struct {
 
 // transport is for an administrator's volume, or for one whose attributes a user wrote: that
 // reaches no link-local address, and a loopback one only where the administrator's list
-// names it literally (DESIGN §5.10).
+// names it literally (DESIGN §5.10). What is mounted in the namespace is an administrator's, who
+// may not be the one who runs this process: it reaches no link-local address either.
 func (s *sources) transport(v brokerwire.Volume) http.RoundTripper {
 	var cfg refusals
+	if v.Path != "" {
+		cfg = refusals{linkLocal: true}
+	}
 	if v.Inline {
 		cfg = refusals{linkLocal: true, loopback: !loopbackHost(v.Endpoint)}
 	}
@@ -97,7 +102,7 @@ func loopbackHost(endpoint string) bool {
 type s3Key struct {
 	bucket, endpoint, region string
 	pathStyle, ambient       bool
-	inline                   bool
+	inline, mount            bool
 	credentials              brokerwire.Credentials
 }
 
@@ -105,7 +110,7 @@ type s3Key struct {
 func (s *sources) S3(bucket string, v brokerwire.Volume, ambient bool) (source.Source, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	k := s3Key{bucket, v.Endpoint, v.Region, v.PathStyle, ambient, v.Inline, v.Credentials}
+	k := s3Key{bucket, v.Endpoint, v.Region, v.PathStyle, ambient, v.Inline, v.Path != "", v.Credentials}
 	if src := s.s3s[k]; src != nil {
 		return src, nil
 	}

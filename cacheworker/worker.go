@@ -57,6 +57,9 @@ type Config struct {
 	FileRoot     string // below it are file:// sources; "" for none
 	FileRootPath string // how to open FileRoot, if not by its name
 
+	CredentialRoot string              // below it are the files that mounts name for their credentials; "" allows none
+	Getenv         func(string) string // where mounts name variables for their credentials; nil allows none
+
 	Standby  bool   // wait for the end of the worker that has TierDir, however long, instead of asking for it
 	Instance string // tells it from other workers that get the same TierDir; "" for none
 
@@ -87,7 +90,7 @@ func (c Config) Validate() error {
 			errs = append(errs, fmt.Errorf("%s: %q is not an absolute path", f.name, f.path))
 		}
 	}
-	for _, f := range []struct{ name, path string }{{"view", c.ViewDir}, {"file root", c.FileRoot}} {
+	for _, f := range []struct{ name, path string }{{"view", c.ViewDir}, {"file root", c.FileRoot}, {"credential root", c.CredentialRoot}} {
 		if f.path != "" && !filepath.IsAbs(f.path) {
 			errs = append(errs, fmt.Errorf("%s: %q is not an absolute path", f.name, f.path))
 		}
@@ -131,8 +134,10 @@ type Worker struct {
 	fills    *fill.Fills
 	sources  *sources
 	mounts   *mounts
-	network  network
-	users    *users
+
+	namespace *mountTable
+	network   network
+	users     *users
 	handover
 }
 
@@ -200,7 +205,9 @@ func (w *Worker) run(ctx context.Context) (err error) {
 	w.fills = fill.New(budget, w.store)
 	defer func() { err = errors.Join(err, w.fills.Close()) }()
 	w.metadata = metadata.New(metadata.Config{MaxEntries: mem.names(), OnDenied: w.fills.Revoke, OnHead: w.fills.Grant, Log: w.log})
-	w.sources = &sources{cfg: w.cfg, nodeKey: w.store.NodeKey(), observer: &w.requests}
+	w.sources = &sources{cfg: w.cfg, nodeKey: w.store.NodeKey(), observer: &w.requests,
+		resolver: resolver{root: w.cfg.CredentialRoot, getenv: w.cfg.Getenv}}
+	w.namespace = w.newMountTable()
 	w.mounts = &mounts{w: w, held: map[string]*held{}, fed: map[string]*held{}}
 	w.serving.Store(w.mounts)
 	w.store.OnEvict(w.mounts.evicted)
@@ -213,13 +220,14 @@ func (w *Worker) run(ctx context.Context) (err error) {
 		return errors.Join(err, control.Close())
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	w.beside(ctx, g, w.serveMetrics, w.serveProfiles, w.reportToMaster, w.serveNetwork, w.workForMaster)
+	w.beside(ctx, g, w.serveMetrics, w.serveProfiles, w.reportToMaster, w.serveNetwork, w.workForMaster, w.followMounts)
 	if w.cfg.Alone != nil {
 		g.Go(func() error { return w.serveAlone(ctx) })
 	} else {
 		g.Go(func() error { return w.mounts.Run(ctx) })
 	}
 	g.Go(func() error { return serveControl(ctx, control, w) })
+	g.Go(func() error { return w.followCredentials(ctx) })
 	w.log.Info("worker started", "uuid", w.store.UUID(), "tier", w.cfg.TierDir, "openTier", opened.Sub(w.started), "parts", time.Since(opened),
 		"cpu", cpuTime())
 	return g.Wait()

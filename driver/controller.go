@@ -28,6 +28,8 @@ type Volumes interface {
 	// Capacity is that of a node (ErrNotFound without a worker) or, for "", of all.
 	Capacity(ctx context.Context, node string) (client.Capacity, error)
 	Workers(ctx context.Context) ([]client.Worker, error)
+	// Mounts is the mount table of the namespace.
+	Mounts(ctx context.Context) ([]client.Mount, error)
 }
 
 // unlimited is the capacity of a class whose volumes reserve nothing: more than anybody asks.
@@ -74,6 +76,9 @@ func (c *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	}
 	q, err := c.parse("", req.GetParameters(), req.GetSecrets())
 	if err != nil {
+		return nil, err
+	}
+	if err := c.checkMounted(ctx, q.Path, req.GetParameters()); err != nil {
 		return nil, err
 	}
 	spec, err := c.spec(ctx, req, q)

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -22,6 +23,7 @@ import (
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/master/client"
+	"github.com/larderfs/larder/master/namespace"
 	"github.com/larderfs/larder/master/record"
 	"github.com/larderfs/larder/sanity/leak"
 )
@@ -36,12 +38,15 @@ type fakeBroker struct {
 	creds  map[string]brokerwire.Credentials
 	calls  []string // verbs, in order
 
+	secrets map[string]brokerwire.Secrets
+
 	before func(ctx context.Context, verb string) error // makes a call fail, before it did anything
 	after  func(verb string) error                      // or when it has done all
 }
 
 func newFakeBroker() *fakeBroker {
-	return &fakeBroker{mounts: map[string]brokerwire.Mount{}, creds: map[string]brokerwire.Credentials{}}
+	return &fakeBroker{mounts: map[string]brokerwire.Mount{}, creds: map[string]brokerwire.Credentials{},
+		secrets: map[string]brokerwire.Secrets{}}
 }
 
 func (b *fakeBroker) call(ctx context.Context, verb string, do func() error) error {
@@ -76,9 +81,10 @@ func (b *fakeBroker) Mount(ctx context.Context, v brokerwire.Volume, path string
 		if err := unix.Mount("fake", path, "tmpfs", 0, "size=64k"); err != nil {
 			return err
 		}
-		b.creds[v.ID] = v.Credentials
-		v.Credentials = brokerwire.Credentials{}
-		b.mounts[v.ID] = brokerwire.Mount{VolumeID: v.ID, Path: path, Volume: v, Since: time.Now(), Served: true}
+		b.creds[v.ID], b.secrets[v.ID] = v.Credentials, v.Secrets
+		names := v.Secrets.Names()
+		v.Credentials, v.Secrets = brokerwire.Credentials{}, brokerwire.Secrets{}
+		b.mounts[v.ID] = brokerwire.Mount{VolumeID: v.ID, Path: path, Volume: v, Since: time.Now(), Served: true, Secrets: names}
 		return errors.Join(os.Mkdir(filepath.Join(path, "data"), 0o755), os.Mkdir(filepath.Join(path, "domain"), 0o755),
 			os.WriteFile(filepath.Join(path, "data/file"), []byte(v.ID), 0o444))
 	})
@@ -94,6 +100,23 @@ func (b *fakeBroker) Refresh(ctx context.Context, v brokerwire.Volume) error {
 		v.Credentials = brokerwire.Credentials{}
 		if v != m.Volume {
 			return errors.New("refresh of more than credentials")
+		}
+		return nil
+	})
+}
+
+func (b *fakeBroker) RefreshMounts(ctx context.Context, v brokerwire.Volume) error {
+	return b.call(ctx, "refresh mounts", func() error {
+		m, ok := b.mounts[v.ID]
+		if !ok {
+			return object.ErrNotFound
+		}
+		b.secrets[v.ID], m.Secrets = v.Secrets, v.Secrets.Names()
+		m.Volume.Tenant = v.Tenant
+		b.mounts[v.ID] = m
+		v.Secrets = brokerwire.Secrets{}
+		if v != m.Volume {
+			return errors.New("refresh of more than mounts")
 		}
 		return nil
 	})
@@ -211,6 +234,31 @@ type fakeStats struct {
 	troubles map[string]string
 	err      error
 	users    []map[string][]Pod // told
+
+	mu    sync.Mutex     // guards table
+	table []client.Mount // as the worker knows it
+}
+
+// Mounted answers as the worker does.
+func (s *fakeStats) Mounted(_ context.Context, path string, who Who) (m Mounted, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v, ok := namespace.At(s.table, path)
+	if !ok {
+		return m, &refusal{namespace.Nothing(path), object.ErrNotFound}
+	}
+	w := namespace.Who{Inline: who.Inline, Namespace: who.Namespace}
+	if why := v.Refused(w); why != "" && !who.Undecided {
+		return m, &refusal{why, object.ErrDenied}
+	}
+	for _, p := range v.Parts {
+		if strings.HasPrefix(p.Mount.Credential, "secret:") && p.Mount.Allows(w.Inline, w.Namespace) {
+			if m.Secrets = append(m.Secrets, p.Mount.Credential); p.At == "" {
+				m.OwnSecret = p.Mount.Credential
+			}
+		}
+	}
+	return m, nil
 }
 
 func (s *fakeStats) Troubles(context.Context) (map[string]string, error) { return s.troubles, nil }
@@ -227,6 +275,7 @@ type fakeVolumes struct {
 	mu      sync.Mutex
 	volumes map[string]client.Volume
 	workers []client.Worker
+	mounts  []client.Mount
 	err     error // of every call
 }
 
@@ -331,6 +380,8 @@ func (f *fakeVolumes) Capacity(_ context.Context, node string) (c client.Capacit
 	return c, f.err
 }
 
+func (f *fakeVolumes) Mounts(context.Context) ([]client.Mount, error) { return f.mounts, f.err }
+
 func (f *fakeVolumes) Workers(context.Context) ([]client.Worker, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -349,6 +400,8 @@ type bench struct {
 	stats   *fakeStats
 	ready   error
 	log     *logBuffer
+	secrets map[string]map[string]string // of the cluster, by namespace/name
+	server  *Server
 }
 
 // logBuffer keeps what was logged.
@@ -385,11 +438,19 @@ func start(t *testing.T) *bench {
 		Endpoint: "unix://" + b.socket, Version: "test", Controller: true, Node: true, NodeID: "node-a",
 		RunDir: filepath.Join(b.dir, "run"), FileRoot: "/srv", InlineEndpoints: []string{"http://listed:9000"},
 		Ready: func(context.Context) error { return b.ready },
-		Log:   slog.New(slog.NewTextHandler(b.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
+		Secrets: func(_ context.Context, namespace, name string) (map[string]string, error) {
+			s, ok := b.secrets[namespace+"/"+name]
+			if !ok {
+				return nil, fmt.Errorf("there is no such Secret: %w", object.ErrNotFound)
+			}
+			return s, nil
+		},
+		Log: slog.New(slog.NewTextHandler(b.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}, b.volumes, b.broker, b.stats)
 	if err != nil {
 		t.Fatal(err)
 	}
+	b.server = s
 	ctx, stop := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()

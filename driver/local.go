@@ -24,6 +24,7 @@ func NewParameters(fileRoot string) (Parameters, error) {
 func (p Parameters) LocalVolume(id string, parameters, secret map[string]string) (brokerwire.Volume, map[string]string, error) {
 	for key, why := range map[string]string{
 		keyLayout:    "a local volume always has data/ and domain/",
+		keyPath:      "a local volume has a source of its own",
 		keyBinding:   "a local volume is always bound to its node",
 		keyEphemeral: "a local volume is not inline",
 	} {

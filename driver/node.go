@@ -31,6 +31,8 @@ type Broker interface {
 	Mount(ctx context.Context, v brokerwire.Volume, path string) error
 	// Refresh gives a mounted volume new credentials; object.ErrNotFound if it is not mounted.
 	Refresh(ctx context.Context, v brokerwire.Volume) error
+	// RefreshMounts is Refresh for the tenant and the secrets of mounts; the volume's own credentials stay.
+	RefreshMounts(ctx context.Context, v brokerwire.Volume) error
 	// Bind shows the volume's root ("") or its data ("data") at target, an existing
 	// directory. Idempotent.
 	Bind(ctx context.Context, volumeID, subdir, target string, readOnly bool) error
@@ -54,6 +56,8 @@ type node struct {
 	health *podHealth // nil without a kubelet
 	users  *users     // nil without a kubelet
 	busy   inFlight
+
+	secrets mountSecrets
 }
 
 func newNode(cfg Config, rules rules, broker Broker, stats Stats) (*node, error) {
@@ -65,7 +69,8 @@ func newNode(cfg Config, rules rules, broker Broker, stats Stats) (*node, error)
 	if err != nil {
 		return nil, fmt.Errorf("csi node: run directory: %w", err)
 	}
-	n := &node{id: cfg.NodeID, inline: inline, rules: rules, broker: broker, stats: stats, log: cfg.Log, ready: cfg.Ready}
+	n := &node{id: cfg.NodeID, inline: inline, rules: rules, broker: broker, stats: stats, log: cfg.Log, ready: cfg.Ready,
+		secrets: mountSecrets{read: cfg.Secrets}}
 	if cfg.KubeletDir != "" {
 		n.health = newPodHealth(broker, stats, cfg.Pods, cfg.KubeletDir, cfg.Log)
 		n.users = newUsers(n.health, stats.TellUsers, cfg.Log)
@@ -111,6 +116,9 @@ func (n *node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequ
 		return nil, err
 	}
 	defer unlock()
+	if want, err = n.mounted(ctx, want, req.GetVolumeContext(), true); err != nil {
+		return nil, err
+	}
 	v, err := n.look(ctx)
 	if err != nil {
 		return nil, err
@@ -163,7 +171,7 @@ func (n *node) ensure(ctx context.Context, v view, want brokerwire.Volume, path 
 		if diff := differences(m.Volume, want); len(diff) > 0 {
 			return false, fmt.Errorf("volume %s is mounted with other values of %s: %w", quote(want.ID), strings.Join(diff, ", "), brokerwire.ErrExists)
 		}
-		return false, n.refresh(ctx, m, want.Credentials)
+		return false, n.refresh(ctx, m, want)
 	}
 	if err := n.replace(ctx, v, want.ID, path); err != nil {
 		return false, err
@@ -186,12 +194,15 @@ func (n *node) ensure(ctx context.Context, v view, want brokerwire.Volume, path 
 }
 
 // refresh hands over new credentials, and nothing else. No Secret in a request means no news.
-func (n *node) refresh(ctx context.Context, m brokerwire.Mount, c brokerwire.Credentials) error {
-	if c.IsZero() {
+func (n *node) refresh(ctx context.Context, m brokerwire.Mount, want brokerwire.Volume) error {
+	if want.Path != "" {
+		return n.refreshMounts(ctx, m, want)
+	}
+	if want.Credentials.IsZero() {
 		return nil
 	}
 	v := m.Volume
-	v.Credentials = c
+	v.Credentials = want.Credentials
 	if err := n.broker.Refresh(ctx, v); err != nil {
 		return fmt.Errorf("refresh credentials of volume %s: %w", quote(m.VolumeID), err)
 	}
@@ -332,6 +343,9 @@ func (n *node) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolume
 		return nil, err
 	}
 	defer unlock()
+	if want, err = n.mounted(ctx, want, req.GetVolumeContext(), false); err != nil {
+		return nil, err
+	}
 	publish := n.publishStaged
 	if want.Inline {
 		publish = n.publishInline
@@ -358,7 +372,7 @@ func (n *node) publishStaged(ctx context.Context, req *csi.NodePublishVolumeRequ
 	if err != nil {
 		return err
 	}
-	if err := n.ensureStaged(ctx, v, req, want, staging); err != nil {
+	if err := n.ensureStaged(ctx, v, req, want, staging, target); err != nil {
 		return err
 	}
 	return n.bind(ctx, want, target, req.GetVolumeCapability())
@@ -367,7 +381,7 @@ func (n *node) publishStaged(ctx context.Context, req *csi.NodePublishVolumeRequ
 // ensureStaged checks that the volume is staged as the request has it. One that was staged,
 // but whose mount died with both holders of its descriptor, is staged again: the kubelet
 // would not do that (DESIGN §5.11).
-func (n *node) ensureStaged(ctx context.Context, v view, req *csi.NodePublishVolumeRequest, want brokerwire.Volume, staging string) error {
+func (n *node) ensureStaged(ctx context.Context, v view, req *csi.NodePublishVolumeRequest, want brokerwire.Volume, staging, target string) error {
 	m, ok := v.volume(want.ID)
 	switch {
 	case ok && m.Path != staging:
@@ -376,7 +390,13 @@ func (n *node) ensureStaged(ctx context.Context, v view, req *csi.NodePublishVol
 		if err := fits(m.Volume, want, req.GetVolumeCapability().GetMount().GetVolumeMountGroup()); err != nil {
 			return err
 		}
-		return n.refresh(ctx, m, want.Credentials)
+		if err := checkTenant(v, m, want, target); err != nil {
+			return err
+		}
+		if err := n.refresh(ctx, m, want); err != nil {
+			return err
+		}
+		return n.decided(ctx, m, want)
 	case ok || v.dead(staging) || v.wasStaged(staging):
 		n.log.Warn("stage again what had died", "volume", want.ID, "path", staging)
 		_, err := n.ensure(ctx, v, want, staging)

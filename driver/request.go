@@ -16,12 +16,14 @@ import (
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/master/client"
 )
 
 // Names of the parameters of a StorageClass, which are also the inline attributes and the
 // keys of a volume_context.
 const (
 	keySource    = "source"
+	keyPath      = "path"
 	keyEndpoint  = "endpoint"
 	keyRegion    = "region"
 	keyPathStyle = "pathStyle"
@@ -36,7 +38,7 @@ const (
 )
 
 var parameterNames = []string{
-	keySource, keyEndpoint, keyRegion, keyPathStyle, keyLayout, keyFreshness, keyComplete,
+	keySource, keyPath, keyEndpoint, keyRegion, keyPathStyle, keyLayout, keyFreshness, keyComplete,
 	keyBinding, keyUID, keyGID, keyFileMode, keyDirMode,
 }
 
@@ -154,6 +156,7 @@ func (r rules) parse(volumeID string, attrs, secrets map[string]string) (request
 	q := request{Volume: brokerwire.Volume{
 		ID:        volumeID,
 		Source:    p.source(),
+		Path:      p.path(),
 		Region:    p.region(),
 		Layout:    choice(&p, keyLayout, brokerwire.LayoutFull, brokerwire.LayoutData),
 		Freshness: p.freshness(),
@@ -172,6 +175,7 @@ func (r rules) parse(volumeID string, attrs, secrets map[string]string) (request
 		p.add("%s: node is for StorageClasses; an inline volume is where its pod is", keyBinding)
 	}
 	p.onlyS3(q.Source)
+	p.onlySource()
 	q.Credentials = p.credentials(secrets)
 	if strings.HasPrefix(q.Source, fileScheme) {
 		q.Credentials = brokerwire.Credentials{}
@@ -186,7 +190,6 @@ func (r rules) parse(volumeID string, attrs, secrets map[string]string) (request
 // credentials, so that a node needs no master to publish.
 func (q request) context() map[string]string {
 	m := map[string]string{
-		keySource:    q.Source,
 		keyLayout:    string(q.Layout),
 		keyFreshness: q.Freshness.String(),
 		keyComplete:  string(q.Complete),
@@ -195,6 +198,11 @@ func (q request) context() map[string]string {
 		keyGID:       strconv.FormatUint(uint64(q.GID), 10),
 		keyFileMode:  fmt.Sprintf("%04o", q.FileMode),
 		keyDirMode:   fmt.Sprintf("%04o", q.DirMode),
+	}
+	if q.Path != "" {
+		m[keyPath] = q.Path
+	} else {
+		m[keySource] = q.Source
 	}
 	if strings.HasPrefix(q.Source, s3Scheme) {
 		m[keyPathStyle] = strconv.FormatBool(q.PathStyle)
@@ -284,8 +292,11 @@ const (
 func (p *parser) source() string {
 	s := p.attrs[keySource]
 	switch {
+	case s == "" && p.attrs[keyPath] != "":
+	case s != "" && p.attrs[keyPath] != "":
+		p.add("%s, %s: give one of them: a store of the volume's own, or what is mounted in the namespace", keySource, keyPath)
 	case s == "":
-		p.add("%s: missing; give s3://bucket/prefix or file:///path", keySource)
+		p.add("%s: missing; give s3://bucket/prefix or file:///path, or, with %s, what is mounted in the namespace (/sales)", keySource, keyPath)
 	case len(s) > maxSource:
 		p.add("%s: longer than %d bytes", keySource, maxSource)
 	case strings.HasPrefix(s, s3Scheme):
@@ -296,6 +307,31 @@ func (p *parser) source() string {
 		p.add("%s: its scheme is none of s3://bucket/prefix, file:///path", keySource)
 	}
 	return ""
+}
+
+// path is of the namespace: what is mounted there.
+func (p *parser) path() string {
+	s := p.attrs[keyPath]
+	if s == "" {
+		return ""
+	}
+	path, err := client.ParsePath(s)
+	if err != nil {
+		p.add("%s: %s", keyPath, strings.TrimPrefix(err.Error(), client.ErrInvalid.Error()+": "))
+	}
+	return path
+}
+
+// onlySource refuses to say twice where the data is.
+func (p *parser) onlySource() {
+	if p.attrs[keyPath] == "" {
+		return
+	}
+	for _, key := range []string{keyEndpoint, keyRegion, keyPathStyle} {
+		if p.attrs[key] != "" {
+			p.add("%s: not with %s; the mount has it (larder mount show %s)", key, keyPath, quote(p.attrs[keyPath]))
+		}
+	}
 }
 
 var (

@@ -48,6 +48,10 @@ type Config struct {
 	KubeletDir string
 	Pods       Pods // nil outside of a cluster
 
+	// Secrets reads one of the cluster's, for mounts that name it: object.ErrNotFound if it is not there.
+	// nil outside of a cluster.
+	Secrets func(ctx context.Context, namespace, name string) (map[string]string, error)
+
 	// Ready returns nil if a volume can be published now, else why not.
 	Ready func(context.Context) error
 	// CallTimeout bounds a call whose caller set no deadline; 0 means 2 minutes.
@@ -97,6 +101,7 @@ type Server struct {
 	grpc   *grpc.Server
 	health *podHealth // nil for a controller, and without a kubelet
 	users  *users     // likewise
+	node   *node      // nil for a controller
 
 	counters counters
 }
@@ -136,7 +141,7 @@ func New(cfg Config, volumes Volumes, broker Broker, stats Stats) (*Server, erro
 		if err != nil {
 			return nil, err
 		}
-		s.health, s.users = n.health, n.users
+		s.health, s.users, s.node = n.health, n.users, n
 		csi.RegisterNodeServer(s.grpc, n)
 	}
 	return s, nil
@@ -156,6 +161,9 @@ func (s *Server) Run(ctx context.Context) error {
 	g.Go(func() error { return s.serve(ctx, l) })
 	g.Go(func() error { return s.health.run(ctx) })
 	g.Go(func() error { return s.users.run(ctx) })
+	if s.node != nil {
+		g.Go(func() error { return s.node.bringSecrets(ctx) })
+	}
 	return g.Wait()
 }
 

@@ -24,6 +24,9 @@ type Stats interface {
 	// TellUsers tells the worker the pods that its volumes are published to, by volume; it
 	// forgets what it was told before.
 	TellUsers(ctx context.Context, of map[string][]Pod) error
+	// Mounted says whether somebody may use what is mounted at a path of the namespace: else
+	// object.ErrDenied or ErrNotFound, in words that say what to do.
+	Mounted(ctx context.Context, path string, who Who) (Mounted, error)
 }
 
 // VolumeStats is what a worker knows of a volume.

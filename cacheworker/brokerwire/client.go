@@ -35,6 +35,12 @@ func (c *Client) Refresh(ctx context.Context, v Volume) error {
 	return err
 }
 
+// RefreshMounts gives a mounted volume its tenant and the secrets of its mounts. Its own credentials stay.
+func (c *Client) RefreshMounts(ctx context.Context, v Volume) error {
+	_, err := c.call(ctx, Message{Verb: RefreshVolume, Mount: v.ID, Volume: &v, Keep: true})
+	return err
+}
+
 // Bind shows a mounted volume ("" all of it, "data" its dataset) at target, which exists.
 func (c *Client) Bind(ctx context.Context, volumeID, sub, target string, readOnly bool) error {
 	_, err := c.call(ctx, Message{Verb: Bind, Mount: volumeID, Sub: sub, Target: target, ReadOnly: readOnly})

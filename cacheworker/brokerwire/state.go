@@ -45,6 +45,7 @@ type State struct {
 type slotBody struct {
 	State
 	Credentials *sealed `json:"credentials,omitempty"`
+	Secrets     string  `json:"secrets,omitempty"` // see [Secrets]
 }
 
 // NewState makes the memfd.
@@ -70,7 +71,7 @@ func NewState(s State) (*os.File, error) {
 
 // WriteState replaces the header. One writer at a time.
 func WriteState(f *os.File, s State) error {
-	body, err := json.Marshal(slotBody{s, seal(&s.Volume)})
+	body, err := json.Marshal(slotBody{s, seal(&s.Volume), s.Volume.Secrets.text})
 	if err != nil {
 		return fmt.Errorf("encode state: %w", err)
 	}
@@ -152,6 +153,7 @@ func DecodeSlot(b []byte) (State, error) {
 	if sb.Credentials != nil {
 		s.Volume.Credentials = Credentials(*sb.Credentials)
 	}
+	s.Volume.Secrets = Secrets{sb.Secrets}
 	if !cleanAbs(s.Path) || s.Volume.ID == "" {
 		return State{}, fmt.Errorf("state header names no volume or path: %w", object.ErrInvalid)
 	}

@@ -1,9 +1,14 @@
 package brokerwire
 
 import (
+	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"time"
+
+	"github.com/larderfs/larder/cacheworker/object"
 )
 
 // Volume is what a mount serves: the parsed parameters of a StorageClass or an inline
@@ -11,8 +16,10 @@ import (
 // travels from the node service through the broker to the worker, and lives in the mount's
 // memfd; it is never written to a disk or a log.
 type Volume struct {
-	ID        string        `json:"id"`     // the CSI volume id
-	Source    string        `json:"source"` // s3://bucket/prefix or file:///path, normalised, without a slash at the end
+	ID        string        `json:"id"`               // the CSI volume id
+	Source    string        `json:"source"`           // s3://bucket/prefix or file:///path, normalised, without a slash at the end; "" with a Path
+	Path      string        `json:"path,omitempty"`   // of the namespace, normalised: what is mounted there, instead of a source
+	Tenant    string        `json:"tenant,omitempty"` // the Kubernetes namespace of its pods, where mounts ask for it; "" while it is not known
 	Endpoint  string        `json:"endpoint,omitempty"`
 	Region    string        `json:"region,omitempty"`
 	PathStyle bool          `json:"pathStyle,omitempty"`
@@ -34,13 +41,14 @@ type Volume struct {
 	Attributes string `json:"attributes,omitempty"`
 
 	Credentials Credentials `json:"-"` // so that nothing that encodes a volume tells them; see sealed
+	Secrets     Secrets     `json:"-"` // those of the mounts that a Path shows
 }
 
 // Format prints a volume without its credentials, which fmt would show to a verb that does
 // not fit.
 func (v Volume) Format(f fmt.State, verb rune) {
 	type plain Volume
-	v.Credentials = Credentials{}
+	v.Credentials, v.Secrets = Credentials{}, Secrets{}
 	fmt.Fprintf(f, fmt.FormatString(f, verb), plain(v))
 }
 
@@ -94,3 +102,53 @@ func seal(v *Volume) *sealed {
 
 // Format covers %+v, %#v and %x too.
 func (c Credentials) Format(f fmt.State, _ rune) { fmt.Fprint(f, c.String()) }
+
+// Secrets are credentials by name: for a mount of the namespace what it says of its credential. They can
+// be compared. The zero value has none.
+type Secrets struct{ text string } // JSON
+
+// NewSecrets takes a copy.
+func NewSecrets(of map[string]Credentials) (Secrets, error) {
+	if len(of) == 0 {
+		return Secrets{}, nil
+	}
+	plain := map[string]sealed{}
+	for name, c := range of {
+		plain[name] = sealed(c)
+	}
+	b, err := json.Marshal(plain) // by name
+	if err == nil && len(b) > maxSecrets {
+		err = fmt.Errorf("%d bytes of them; at most %d: %w", len(b), maxSecrets, object.ErrInvalid)
+	}
+	if err != nil {
+		return Secrets{}, fmt.Errorf("secrets of %d mounts: %w", len(of), err)
+	}
+	return Secrets{string(b)}, nil
+}
+
+const maxSecrets = 48 << 10 // bytes of JSON: a message holds twice that
+
+// all returns none for what was not made by NewSecrets.
+func (s Secrets) all() map[string]sealed {
+	var all map[string]sealed
+	if s.text == "" || json.Unmarshal([]byte(s.text), &all) != nil {
+		return nil
+	}
+	return all
+}
+
+// Get returns one of them.
+func (s Secrets) Get(name string) (Credentials, bool) {
+	c, ok := s.all()[name]
+	return Credentials(c), ok
+}
+
+// Names are those of all, sorted.
+func (s Secrets) Names() []string { return slices.Sorted(maps.Keys(s.all())) }
+
+// String and those below keep secrets out of everything that prints.
+func (s Secrets) String() string               { return "secrets" }
+func (s Secrets) GoString() string             { return "secrets" }
+func (s Secrets) LogValue() slog.Value         { return slog.StringValue(s.String()) }
+func (s Secrets) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+func (s Secrets) Format(f fmt.State, _ rune)   { fmt.Fprint(f, s.String()) }

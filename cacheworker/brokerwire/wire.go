@@ -54,7 +54,7 @@ const (
 
 	// Node service to broker.
 	MountVolume   Verb = "mount"   // Volume, Path
-	RefreshVolume Verb = "refresh" // Mount, Volume: new credentials
+	RefreshVolume Verb = "refresh" // Mount, Volume: new credentials; with Keep only those of mounts, and the tenant
 	Bind          Verb = "bind"    // Mount, Sub, Target, ReadOnly
 	Unmount       Verb = "unmount" // Path
 	Mounts        Verb = "mounts"  // reply: List
@@ -106,6 +106,7 @@ type Message struct {
 	Sub      string  `json:"sub,omitempty"`
 	Target   string  `json:"target,omitempty"`
 	ReadOnly bool    `json:"readOnly,omitempty"`
+	Keep     bool    `json:"keep,omitempty"`
 	Fresh    bool    `json:"fresh,omitempty"`
 	Node     uint64  `json:"node,omitempty"`
 	Backing  int32   `json:"backing,omitempty"`
@@ -132,6 +133,7 @@ type Mount struct {
 	WorkerSince  time.Time     `json:"workerSince,omitzero"`   // since when that one does, or, while none does, since when not
 	LongestStall time.Duration `json:"longestStall,omitempty"` // without a worker, before a take-over
 	Without      []string      `json:"without,omitempty"`      // see State.Without
+	Secrets      []string      `json:"secrets,omitempty"`      // names of those that it has
 }
 
 // Code is a sentinel error on the wire.
@@ -253,6 +255,12 @@ func Decode(b []byte) (Message, error) {
 		}
 		m.Volume.Credentials = Credentials(*e.Credentials)
 	}
+	if e.Secrets != "" {
+		if m.Volume == nil || len(e.Secrets) > maxSecrets {
+			return address(b), fmt.Errorf("broker message: secrets of no volume, or too many: %w", object.ErrInvalid)
+		}
+		m.Volume.Secrets = Secrets{e.Secrets}
+	}
 	return m, nil
 }
 
@@ -260,10 +268,15 @@ func Decode(b []byte) (Message, error) {
 type envelope struct {
 	Message
 	Credentials *sealed `json:"credentials,omitempty"` // of Message.Volume
+	Secrets     string  `json:"secrets,omitempty"`     // its too; see [Secrets]
 }
 
 func encode(m Message) ([]byte, error) {
-	b, err := json.Marshal(envelope{m, seal(m.Volume)})
+	e := envelope{Message: m, Credentials: seal(m.Volume)}
+	if m.Volume != nil {
+		e.Secrets = m.Volume.Secrets.text
+	}
+	b, err := json.Marshal(e)
 	if err != nil {
 		return nil, fmt.Errorf("encode broker message: %w", err)
 	}

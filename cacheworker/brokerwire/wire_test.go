@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -84,22 +85,51 @@ func TestABadRequestCanStillBeAnswered(t *testing.T) {
 	}
 }
 
+// someSecrets have a name and a value that is the same.
+func someSecrets(names ...string) Secrets {
+	of := map[string]Credentials{}
+	for _, n := range names {
+		of[n] = Credentials{n, n, n}
+	}
+	s, err := NewSecrets(of)
+	if err != nil {
+		panic(err)
+	}
+	return s
+}
+
+func TestSecretsAreFoundByName(t *testing.T) {
+	s := someSecrets("b", "a")
+	if c, ok := s.Get("a"); !ok || c.SecretAccessKey != "a" || s != someSecrets("a", "b") || !slices.Equal(s.Names(), []string{"a", "b"}) {
+		t.Errorf("%v, %v, %v", c, ok, s.Names())
+	}
+	if c, ok := s.Get("c"); ok || !c.IsZero() {
+		t.Error("found what is not there")
+	}
+	if _, ok := (Secrets{}).Get("a"); ok {
+		t.Error("found in nothing")
+	}
+	if _, err := NewSecrets(map[string]Credentials{"x": {SessionToken: strings.Repeat("t", maxSecrets)}}); !errors.Is(err, object.ErrInvalid) {
+		t.Errorf("too many: %v", err)
+	}
+}
+
 func fullMessage() Message {
 	now := time.Date(2026, 11, 22, 1, 2, 3, 4, time.UTC)
 	v := Volume{ID: "v", Source: "s3://b/p", Endpoint: "http://h:1", Region: "r", PathStyle: true, Layout: LayoutData,
 		Freshness: time.Minute, Complete: CompleteAlways, UID: 1, GID: 2, FileMode: 0o440, DirMode: 0o550, Inline: true,
-		Credentials: Credentials{"id", "secret", "token"}}
+		Path: "/n", Tenant: "t", Credentials: Credentials{"id", "secret", "token"}, Secrets: someSecrets("a", "b")}
 	return Message{ID: 1, Verb: MountVolume, Version: 2, Oldest: 1, Role: RoleNode, UUID: "0-1", Stage: Giving, Mount: "v", Path: "/a b/c", Sub: "data",
 		Target: "/", ReadOnly: true, Fresh: true, Node: 1 << 63, Backing: 3, Volume: &v,
 		List: []Mount{{VolumeID: "v", Path: "/a", Volume: v, Since: now, Served: true, Takeovers: 4, Socket: "s",
-			Worker: "u", WorkerPID: 5, WorkerSince: now, LongestStall: time.Second, Without: []string{"resend"}}},
-		PID: 6, Leaving: true,
+			Worker: "u", WorkerPID: 5, WorkerSince: now, LongestStall: time.Second, Without: []string{"resend"}, Secrets: []string{"a"}}},
+		PID: 6, Leaving: true, Keep: true,
 		Code: "busy", Text: "t"}
 }
 
 func TestAMessageComesBackAsItWasSent(t *testing.T) {
 	want := fullMessage()
-	want.List[0].Volume.Credentials = Credentials{} // those of a list stay here
+	want.List[0].Volume.Credentials, want.List[0].Volume.Secrets = Credentials{}, Secrets{} // those of a list stay here
 	if v := reflect.ValueOf(want); v.NumField() > 0 {
 		for i := range v.NumField() {
 			if v.Field(i).IsZero() {
@@ -159,11 +189,11 @@ const canary = "canary-7f3a"
 
 func TestCredentialsNeverPrint(t *testing.T) {
 	c := Credentials{AccessKeyID: canary, SecretAccessKey: canary, SessionToken: canary}
-	v := Volume{ID: "v", Credentials: c}
+	v := Volume{ID: "v", Credentials: c, Secrets: someSecrets(canary)}
 	m := Message{Volume: &v, List: []Mount{{Volume: v}}}
 	st := State{Volume: v}
 	var out bytes.Buffer
-	for _, x := range []any{c, &c, []Credentials{c}, v, &v, m, &m, *m.Volume, m.List, st, &st, map[string]Volume{"v": v}} {
+	for _, x := range []any{v.Secrets, &v.Secrets, c, &c, []Credentials{c}, v, &v, m, &m, *m.Volume, m.List, st, &st, map[string]Volume{"v": v}} {
 		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
 			fmt.Fprintf(&out, verb+"\n", x)
 		}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 
+	"github.com/larderfs/larder/cacheworker/dataset"
 	"github.com/larderfs/larder/cacheworker/metadata"
 )
 
@@ -16,7 +17,8 @@ import (
 type dirStream struct {
 	mu      sync.Mutex // guards the fields below; held across requests to the store
 	opened  time.Time
-	at      uint64 // offset behind which pending begins; 0 is the start
+	of      *dataset.Dataset // that pending is from
+	at      uint64           // offset behind which pending begins; 0 is the start
 	pending []metadata.Entry
 	after   string // the same place as a cookie of the metadata
 	more    bool
@@ -183,8 +185,11 @@ func (m *Mount) seek(s *dirStream, off uint64) bool {
 
 // readEntries fills one reply. Requires s.mu.
 func (m *Mount) readEntries(ctx context.Context, dir *node, s *dirStream, add adder) fuse.Status {
+	d := m.data.Load()
+	if d != s.of { // what came from other mounts is not told any more
+		s.of, s.pending, s.more = d, nil, s.more || len(s.pending) > 0
+	}
 	if len(s.pending) == 0 && s.more {
-		d := m.data.Load()
 		// One listing does not get older while it is read.
 		es, more, err := d.List(ctx, dir.key, s.after, d.Freshness+time.Since(s.opened))
 		if err != nil {
@@ -192,21 +197,25 @@ func (m *Mount) readEntries(ctx context.Context, dir *node, s *dirStream, add ad
 		}
 		s.pending, s.more = es, more
 	}
-	if last := m.fill(dir, s, add); len(last) > 0 { // else the position stays
+	last, err := m.fill(dir, s, add)
+	if len(last) > 0 { // else the position stays
 		m.pin(s, last)
 	}
-	return fuse.OK
+	return m.status("readdir", dir, err)
 }
 
 // fill adds entries while there is room, and returns their nodes. Requires s.mu.
-func (m *Mount) fill(dir *node, s *dirStream, add adder) (added []*node) {
+func (m *Mount) fill(dir *node, s *dirStream, add adder) (added []*node, err error) {
 	m.table.mu.Lock()
 	defer m.table.mu.Unlock()
 	m.table.gather()
 	defer m.table.flush()
 	for len(s.pending) > 0 {
 		e := s.pending[0]
-		n := m.enter(dir, e)
+		n, err := m.enter(s.of, dir, e)
+		if err != nil {
+			return added, err
+		}
 		ent := fuse.DirEntry{Name: e.Name, Mode: syscall.S_IFREG, Ino: n.id, Off: n.id + fixedOff}
 		if e.Folder {
 			ent.Mode = syscall.S_IFDIR
@@ -221,5 +230,5 @@ func (m *Mount) fill(dir *node, s *dirStream, add adder) (added []*node) {
 		s.pending = s.pending[1:]
 		s.at, s.after = ent.Off, e.Cookie()
 	}
-	return added
+	return added, nil
 }

@@ -93,6 +93,8 @@ type Mount struct {
 
 	trouble trouble
 
+	notify func(message []byte) error // tells the kernel; nil where it cannot expire names
+
 	told map[uint32]uint64 // by thread: the node whose open was answered ESTALE; guarded by table.mu
 
 	dirMu   sync.Mutex // guards dirs
@@ -113,13 +115,17 @@ func newMount(cfg Config, log *os.File, uuid string) *Mount {
 	m := &Mount{
 		RawFileSystem: fuse.NewDefaultRawFileSystem(),
 		cfg:           cfg,
-		table:         newTable(log, cfg.Dataset.Store(), cfg.Dataset.Root()),
+		table:         newTable(log),
 		told:          map[uint32]uint64{},
 		dirs:          map[uint64]*dirStream{},
 		nextDir:       uint64(time.Now().UnixNano()), // none of an earlier worker's, which the kernel may still have
 		uuid:          uuid,
 	}
 	m.data.Store(cfg.Dataset)
+	if cfg.Volume.Path == "" { // or it is one of those that the log has
+		o, _ := cfg.Dataset.Origin("")
+		m.table.setOrigins([]origin{{Origin: o}})
+	}
 	m.closed, m.close = context.WithCancel(context.Background())
 	m.table.grown = func() { m.later(m.compact) }
 	return m
@@ -158,8 +164,14 @@ func (m *Mount) compact() {
 	m.table.settle(err == nil)
 }
 
-// SetDataset gives the mount new credentials.
-func (m *Mount) SetDataset(d *dataset.Dataset) { m.data.Store(d) }
+// SetDataset gives the mount new credentials, or what is mounted now at its path of the namespace. Files
+// that are open are read to their end; the kernel asks again for the names where mounts began or begin.
+func (m *Mount) SetDataset(d *dataset.Dataset) {
+	before := m.data.Swap(d)
+	if changed := d.Joined(before); len(changed) > 0 {
+		m.later(func() { m.expire(changed) })
+	}
+}
 
 // String is the name go-fuse shows.
 func (m *Mount) String() string { return "larder" }
@@ -225,7 +237,8 @@ func (m *Mount) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name string, ou
 	}
 	ctx, stop := m.requestContext(cancel)
 	defer stop()
-	e, err := m.data.Load().Lookup(ctx, parent.key, name, m.freshness())
+	d := m.data.Load()
+	e, err := d.Lookup(ctx, parent.key, name, d.Freshness)
 	if errors.Is(err, object.ErrNotFound) {
 		return m.negative(out, e.At)
 	}
@@ -234,7 +247,10 @@ func (m *Mount) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name string, ou
 	}
 	m.table.mu.Lock()
 	defer m.table.mu.Unlock()
-	n := m.enter(parent, e)
+	n, err := m.enter(d, parent, e)
+	if err != nil {
+		return m.status("lookup", parent, err)
+	}
 	m.entryOut(n, e.At, out)
 	return fuse.OK
 }
@@ -271,15 +287,19 @@ func (m *Mount) lookupFixed(parent *node, name string, out *fuse.EntryOut) fuse.
 	return fuse.OK
 }
 
-// enter is the node for what a name leads to now. Requires table.mu.
-func (m *Mount) enter(parent *node, e metadata.Entry) *node {
+// enter is the node for what a name leads to now, as d has it. Requires table.mu.
+func (m *Mount) enter(d *dataset.Dataset, parent *node, e metadata.Entry) (*node, error) {
 	if e.Folder {
-		return m.table.folder(parent, e.Name)
+		return m.table.folder(parent, e.Name), nil
+	}
+	o, err := m.table.originOf(d, parent.key)
+	if err != nil {
+		return nil, err
 	}
 	id := e.Object.ID()
-	n := m.table.incarnation(parent, e.Object, e.Name, m.wantedMode(id), e.At, m.usable)
+	n := m.table.incarnation(parent, o, e.Object, e.Name, m.wantedMode(id), e.At, m.usable)
 	n.file.ino = inode(id)
-	return n
+	return n, nil
 }
 
 // wantedMode is passthrough for what can be passed through now.

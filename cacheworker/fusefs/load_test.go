@@ -33,7 +33,7 @@ func (t *table) know(n int) {
 		if i%100 == 1 {
 			want = passthrough
 		}
-		f := t.incarnation(dir, obj, fmt.Sprintf("part-%05d-of-%05d.parquet", i%1000, n), want, now, nil)
+		f := t.incarnation(dir, 0, obj, fmt.Sprintf("part-%05d-of-%05d.parquet", i%1000, n), want, now, nil)
 		t.referenced(f)
 		if want == passthrough {
 			t.setBacking(f, int32(i))
@@ -47,7 +47,7 @@ func (t *table) know(n int) {
 func BenchmarkLoad1MNodes(b *testing.B) {
 	const nodes = 1_000_000
 	log := newLog(b)
-	newTable(log, testStore, "set/").know(nodes)
+	testTable(log).know(nodes)
 	st, err := log.Stat()
 	if err != nil {
 		b.Fatal(err)
@@ -58,7 +58,7 @@ func BenchmarkLoad1MNodes(b *testing.B) {
 		b.StopTimer()
 		heap, before := heapBytes(), cpuTime(b)
 		b.StartTimer()
-		t := newTable(log, testStore, "set/")
+		t := testTable(log)
 		if err := t.load(); err != nil {
 			b.Fatal(err)
 		}
@@ -100,7 +100,7 @@ func TestManyKnownNodesAreTakenOver(t *testing.T) {
 	fd := w.u.open(w.data("cold"), unix.O_DIRECT)
 	first.stop() // it notes nothing more, and answers nothing
 	blocked := w.u.ask(call{Op: "pread", FD: fd, Off: 1 << 20, Len: 4096})
-	tab := newTable(w.memfd(), testStore, "")
+	tab := testTable(w.memfd())
 	if err := tab.load(); err != nil {
 		t.Fatal(err)
 	}

@@ -153,7 +153,8 @@ func (m *nameMap) settle(folder *node) {
 
 // supersedes notes what it means that a name leads to n and not to the other node any more.
 func supersedes(n, was *node) {
-	sameObject := n.file != nil && was != nil && was.file != nil && was.file.version == n.file.version && was.file.size == n.file.size
+	sameObject := n.file != nil && was != nil && was.file != nil && was.file.version == n.file.version && was.file.size == n.file.size &&
+		was.file.origin == n.file.origin
 	was.supersede(!sameObject)
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/dataset"
 	"github.com/larderfs/larder/cacheworker/fill"
 	"github.com/larderfs/larder/cacheworker/metadata"
 	"github.com/larderfs/larder/cacheworker/object"
@@ -79,7 +80,10 @@ func (m *Mount) check(ctx context.Context, n *node, thread uint32) error {
 	if looked {
 		limit += slack
 	}
-	if !gone && time.Since(checked) > limit {
+	switch {
+	case !m.isOf(d, n): // its mount was moved or removed
+		m.setGone(n)
+	case !gone && time.Since(checked) > limit:
 		e, err := d.Lookup(ctx, n.parent.key, n.name, d.Freshness)
 		if err != nil && !errors.Is(err, object.ErrNotFound) {
 			return err
@@ -101,6 +105,15 @@ func (m *Mount) check(ctx context.Context, n *node, thread uint32) error {
 	}
 	m.cfg.Counters.Stale.Add(1)
 	return fmt.Errorf("open node %d: %w", n.id, object.ErrChanged)
+}
+
+// isOf reports whether a file is what d has at its path, as far as mounts decide that.
+func (m *Mount) isOf(d *dataset.Dataset, n *node) bool {
+	if m.cfg.Volume.Path == "" {
+		return true
+	}
+	o, ok := d.Origin(n.parent.key)
+	return ok && o == m.table.origin(n.file.origin).Origin
 }
 
 // found notes what a file's name leads to now, if to anything.
@@ -135,7 +148,8 @@ func (m *Mount) hold(n *node, opening bool) *fill.Reader {
 	}
 	if f.reader == nil {
 		d := m.data.Load()
-		f.reader = d.Reader(m.table.objectOf(n))
+		o := m.table.origin(f.origin)
+		f.reader = d.Reader(o.Origin, o.Spec, m.table.objectOf(n))
 		if d.Complete != brokerwire.CompleteNever {
 			f.reader.Whole()
 		}
@@ -230,16 +244,16 @@ func (m *Mount) backing(ctx context.Context, n *node, r *fill.Reader) (int32, er
 // completeMaybe has the rest of the file filled, as the volume says.
 func (m *Mount) completeMaybe(n *node, r *fill.Reader) {
 	d := m.data.Load()
-	obj := r.Object()
+	obj, o := r.Object(), m.table.origin(n.file.origin)
 	switch d.Complete {
 	case brokerwire.CompleteAlways:
-		d.CompleteLater(obj)
+		d.CompleteLater(o.Origin, o.Spec, obj)
 	case brokerwire.CompleteAuto:
 		m.table.mu.RLock()
 		again := n.file.opened > 1
 		m.table.mu.RUnlock()
 		if again {
-			d.CompleteLater(obj)
+			d.CompleteLater(o.Origin, o.Spec, obj)
 		}
 	}
 }
@@ -248,7 +262,8 @@ func (m *Mount) completeMaybe(n *node, r *fill.Reader) {
 func (m *Mount) failed(op string, n *node, err error) fuse.Status {
 	if errors.Is(err, object.ErrChanged) || errors.Is(err, object.ErrNotFound) {
 		m.setGone(n)
-		m.data.Load().Changed(n.parent.key + n.name)
+		o := m.table.origin(n.file.origin)
+		m.data.Load().Changed(o.Origin, o.Key(n.parent.key+n.name))
 		return m.cfg.Counters.failures.note(estale)
 	}
 	return m.status(op, n, err)
@@ -348,6 +363,7 @@ func (m *Mount) readInPart(n *node) {
 	}
 	obj := m.table.objectOf(n)
 	if info := d.Peek(obj.ID()); !info.Complete && info.PresentBytes > obj.Size/2 {
-		d.CompleteLater(obj)
+		o := m.table.origin(n.file.origin)
+		d.CompleteLater(o.Origin, o.Spec, obj)
 	}
 }

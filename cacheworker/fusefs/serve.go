@@ -61,6 +61,9 @@ func Adopt(cfg Config, device, memfd, init *os.File, fresh bool, uuid string) (_
 	if err := unix.Dup3(int(device.Fd()), fd, unix.O_CLOEXEC); err != nil {
 		return nil, fmt.Errorf("take over %s: %w", st.Path, err)
 	}
+	if offersExpire(st.InitIn) {
+		m.notify = func(b []byte) error { _, err := unix.Write(int(device.Fd()), b); return err }
+	}
 	return &Served{Mount: m, srv: srv, fd: fd, device: device, fresh: fresh}, nil
 }
 

@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -49,7 +50,7 @@ type node struct {
 	id     uint64
 	parent *node
 	name   string
-	key    string // of a folder: its key prefix
+	key    string // of a folder: its path below data/, "" or ending in "/"
 	kind   kind
 	file   *file // of fileKind
 
@@ -65,6 +66,7 @@ type file struct {
 	size    int64
 	mtime   int64 // unix nanoseconds
 	mode    mode
+	origin  uint16 // number in table.origins
 
 	// Guarded by the mutex of the table.
 	ino     uint64       // see inode; 0 until it is asked for
@@ -85,7 +87,7 @@ type file struct {
 // table maps node ids. It is written through to the mount's memfd, from which the next
 // worker reads it.
 type table struct {
-	store object.Store
+	origins atomic.Pointer[[]origin] // of all files; replaced, with mu held, by one with more
 
 	mu     sync.RWMutex // guards everything below and the fields of nodes
 	nodes  nodeMap
@@ -119,13 +121,14 @@ const (
 	compactFactor = 2        // times what was alive at the last time
 )
 
-func newTable(log *os.File, store object.Store, dataKey string) *table {
-	t := &table{store: store, nodes: newNodeMap(), names: newNameMap(), nextID: firstFree,
+func newTable(log *os.File) *table {
+	t := &table{nodes: newNodeMap(), names: newNameMap(), nextID: firstFree,
 		backed: map[object.ID][]*node{}, log: log, end: brokerwire.StateLog, limit: brokerwire.StateLog + minCompact}
+	t.setOrigins([]origin{{}})
 	root := &node{id: rootID, kind: rootKind, lookups: 1}
 	root.parent = root
 	t.add(root)
-	t.add(&node{id: dataID, parent: root, name: "data", kind: dirKind, key: dataKey, lookups: 1})
+	t.add(&node{id: dataID, parent: root, name: "data", kind: dirKind, lookups: 1})
 	t.add(&node{id: domainID, parent: root, name: "domain", kind: domainKind, lookups: 1})
 	return t
 }
@@ -146,7 +149,8 @@ func (t *table) get(id uint64) *node {
 
 // objectOf is the object that a file's node stands for.
 func (t *table) objectOf(n *node) object.Object {
-	return object.Object{Store: t.store, Key: n.parent.key + n.name, Version: n.file.version, Size: n.file.size, ModTime: time.Unix(0, n.file.mtime)}
+	o := t.origin(n.file.origin)
+	return object.Object{Store: o.Store, Key: o.Key(n.parent.key + n.name), Version: n.file.version, Size: n.file.size, ModTime: time.Unix(0, n.file.mtime)}
 }
 
 // folder returns the node that a folder's name leads to now, and makes it if need be. It and
@@ -166,9 +170,9 @@ func (t *table) folder(parent *node, name string) *node {
 
 // incarnation is folder for files: the node at hand if it stands for the object and is in the
 // wanted mode, or usable in its own; otherwise a new one, and the old one is stale.
-func (t *table) incarnation(parent *node, obj object.Object, name string, want mode, now time.Time, usable func(*file) bool) *node {
+func (t *table) incarnation(parent *node, origin uint16, obj object.Object, name string, want mode, now time.Time, usable func(*file) bool) *node {
 	n := t.names.get(parent, name)
-	same := n != nil && n.kind == fileKind && n.file.of(obj)
+	same := n != nil && n.kind == fileKind && n.file.of(obj) && n.file.origin == origin
 	if same && !n.file.stale && (n.file.mode == want || usable(n.file)) {
 		n.file.checked = now
 		return n
@@ -177,7 +181,7 @@ func (t *table) incarnation(parent *node, obj object.Object, name string, want m
 	text := name + obj.Version // of their own: those at hand are pieces of all that a LIST said
 	fn := &fileNode{
 		node: node{id: t.newID(), parent: parent, name: text[:len(name)], kind: fileKind},
-		f:    file{version: text[len(name):], size: obj.Size, mtime: obj.ModTime.UnixNano(), mode: want, checked: now},
+		f:    file{version: text[len(name):], size: obj.Size, mtime: obj.ModTime.UnixNano(), mode: want, origin: origin, checked: now},
 	}
 	n = &fn.node
 	n.file = &fn.f
@@ -297,6 +301,7 @@ const (
 	recOpens   = 'O' // how often it is open, in passthrough mode
 	recNext    = 'I' // no node has this id or a higher one
 	recUnnamed = 'U' // its name does not lead to it any more
+	recOrigin  = 'M' // where files come from: the number, and JSON
 	recHead    = 5
 )
 
@@ -315,9 +320,16 @@ func nodeRecord(b []byte, n *node) []byte {
 	b = append(b, byte(n.kind), byte(len(n.name)))
 	b = append(b, n.name...)
 	if f := n.file; f != nil {
-		b = append(b, byte(f.mode))
+		mode := byte(f.mode)
+		if f.origin != 0 {
+			mode |= hasOrigin
+		}
+		b = append(b, mode)
 		b = binary.LittleEndian.AppendUint64(b, uint64(f.size))
 		b = binary.LittleEndian.AppendUint64(b, uint64(f.mtime))
+		if f.origin != 0 {
+			b = binary.LittleEndian.AppendUint16(b, f.origin)
+		}
 		b = append(b, f.version...)
 	}
 	return seal(b, start)
@@ -485,6 +497,9 @@ func (t *table) replay(rec byte, b []byte) {
 	case recNext:
 		t.nextID = max(t.nextID, id)
 		return
+	case recOrigin:
+		t.replayOrigin(id, b[8:])
+		return
 	}
 	n := t.replayed // most records are about the node before them
 	if n == nil || n.id != id {
@@ -554,8 +569,12 @@ func (t *table) replayNode(id uint64, b []byte) {
 		return
 	}
 	f := n.file
-	f.mode, f.version = mode(b[0]), t.slab.text(b[17:])
-	f.size, f.mtime = int64(binary.LittleEndian.Uint64(b[1:])), int64(binary.LittleEndian.Uint64(b[9:]))
+	f.mode, f.size, f.mtime = mode(b[0]&^hasOrigin), int64(binary.LittleEndian.Uint64(b[1:])), int64(binary.LittleEndian.Uint64(b[9:]))
+	version := b[17:]
+	if b[0]&hasOrigin != 0 && len(version) >= 2 {
+		f.origin, version = binary.LittleEndian.Uint16(version), version[2:]
+	}
+	f.version = t.slab.text(version)
 }
 
 // replayedParent is nodes.get, but for the parent of a node in the same folder as the one before.
@@ -584,6 +603,11 @@ func (t *table) startCompaction() (*os.File, error) {
 	}
 	w := &recordWriter{f: fresh, end: brokerwire.StateLog}
 	w.b = countRecord(w.b, recNext, t.nextID, 0)
+	for i, o := range *t.origins.Load() {
+		if i > 0 {
+			w.b = originRecord(w.b, uint16(i), o)
+		}
+	}
 	for n := range t.nodes.sorted() { // parents first
 		if n.id >= firstFree {
 			w.node(n, t.names.get(n.parent, n.name) == n)

@@ -16,10 +16,18 @@ import (
 	"time"
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/dataset"
 	"github.com/larderfs/larder/cacheworker/object"
 )
 
 const testStore = object.Store("memory://test")
+
+// testTable is that of a volume of a source.
+func testTable(log *os.File) *table {
+	t := newTable(log)
+	t.setOrigins([]origin{{Origin: dataset.Origin{Store: testStore}}})
+	return t
+}
 
 func newLog(t testing.TB) *os.File {
 	t.Helper()
@@ -33,7 +41,7 @@ func newLog(t testing.TB) *os.File {
 
 func loaded(t testing.TB, log *os.File) *table {
 	t.Helper()
-	n := newTable(log, testStore, "set/")
+	n := testTable(log)
 	if err := n.load(); err != nil {
 		t.Fatal(err)
 	}
@@ -63,8 +71,8 @@ func image(t *table) []string {
 			s += " named"
 		}
 		if f := n.file; f != nil {
-			s += fmt.Sprintf(" version %s size %d mtime %d mode %d backing %d opens %d stale %v", f.version, f.size, f.mtime, f.mode,
-				f.backing, n.opens(), f.stale)
+			s += fmt.Sprintf(" version %s size %d mtime %d mode %d backing %d opens %d stale %v from %+v", f.version, f.size, f.mtime, f.mode,
+				f.backing, n.opens(), f.stale, t.origin(f.origin))
 			if slices.Contains(t.backed[t.objectOf(n).ID()], n) {
 				s += " backed"
 			}
@@ -154,6 +162,20 @@ func (m *model) any(ok func(*node) bool) *node {
 	return ns[m.r.IntN(len(ns))]
 }
 
+// someOrigin is one of a few, whose spec changes now and then: as of a volume that mounts are shown to.
+func (m *model) someOrigin() uint16 {
+	at := m.r.IntN(4)
+	if at == 0 {
+		return 0
+	}
+	o := dataset.Origin{Store: testStore, Prefix: fmt.Sprint("p", at, "/")}
+	n, err := m.number(origin{o, fmt.Sprint("spec", m.r.IntN(20)/19)})
+	if err != nil {
+		panic(err)
+	}
+	return n
+}
+
 func (m *model) step() {
 	m.mu.Lock()
 	locked := true
@@ -172,7 +194,7 @@ func (m *model) step() {
 	case 2, 3, 4:
 		p := m.any(folder)
 		obj := object.Object{Store: testStore, Key: p.key + name, Version: fmt.Sprint("v", m.r.IntN(3)), Size: m.r.Int64N(3), ModTime: time.Unix(m.r.Int64N(9), 7)}
-		n := m.incarnation(p, obj, name, mode(m.r.IntN(2)), time.Time{}, never)
+		n := m.incarnation(p, m.someOrigin(), obj, name, mode(m.r.IntN(2)), time.Time{}, never)
 		if m.r.IntN(5) > 0 {
 			m.referenced(n)
 		}
@@ -214,7 +236,7 @@ func newModel(t *testing.T) *model {
 	t.Helper()
 	seed := uint64(time.Now().UnixNano())
 	t.Log("seed", seed)
-	return &model{newTable(newLog(t), testStore, "set/"), rand.New(rand.NewPCG(seed, 1))}
+	return &model{testTable(newLog(t)), rand.New(rand.NewPCG(seed, 1))}
 }
 
 func TestTheNextWorkerKnowsTheSameNodes(t *testing.T) {
@@ -243,7 +265,7 @@ func TestTheNextWorkerKnowsTheSameNodes(t *testing.T) {
 // whatever is half written when it looks.
 func TestTheNextWorkerReadsOnWhileThisOneWrites(t *testing.T) {
 	m := newModel(t)
-	next := newTable(m.log, testStore, "set/")
+	next := testTable(m.log)
 	for range 300 {
 		for range m.r.IntN(20) {
 			m.step()
@@ -488,9 +510,9 @@ func TestADetachedTableWritesNothing(t *testing.T) {
 }
 
 func TestRecallFindsWhatWasDropped(t *testing.T) {
-	tab := newTable(newLog(t), testStore, "set/")
+	tab := testTable(newLog(t))
 	long := strings.Repeat("x", 255)
-	f := tab.incarnation(tab.nodes.get(dataID), object.Object{Version: "v"}, long, cached, time.Time{}, nil)
+	f := tab.incarnation(tab.nodes.get(dataID), 0, object.Object{Version: "v"}, long, cached, time.Time{}, nil)
 	d := tab.folder(tab.nodes.get(dataID), "d")
 	tab.drop(f)
 	tab.drop(d)
@@ -548,7 +570,7 @@ func FuzzReplay(f *testing.F) {
 		tab.mu.Lock()
 		defer tab.mu.Unlock()
 		n := tab.folder(tab.nodes.get(dataID), "new")
-		tab.referenced(tab.incarnation(n, object.Object{Version: "v"}, "f", cached, time.Time{}, func(*file) bool { return false }))
+		tab.referenced(tab.incarnation(n, 0, object.Object{Version: "v"}, "f", cached, time.Time{}, func(*file) bool { return false }))
 		tab.socket("another")
 		consistent(t, tab)
 	})

@@ -24,6 +24,7 @@ import (
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/cacheworker/source"
 	"github.com/larderfs/larder/driver/broker"
+	"github.com/larderfs/larder/master/record"
 	"github.com/larderfs/larder/sanity/leak"
 )
 
@@ -55,6 +56,7 @@ type testWorker struct {
 	adopted   map[string]*Served // and not served
 	served    map[string]*Served
 	listeners []*os.File
+	mounts    []record.Mount // what volumes of a path show
 }
 
 // connect opens the cache and becomes the broker's worker.
@@ -133,6 +135,10 @@ func (w *testWorker) File(path string) (source.Source, string, error) {
 	return src, strings.TrimPrefix(path, "/"), err
 }
 
+func (w *testWorker) Credential(string, brokerwire.Volume) (brokerwire.Credentials, error) {
+	return brokerwire.Credentials{}, nil
+}
+
 func (w *testWorker) handle(ctx context.Context, m brokerwire.Message, files []*os.File) (brokerwire.Message, []*os.File, error) {
 	var err error
 	switch m.Verb {
@@ -165,15 +171,27 @@ func (w *testWorker) handle(ctx context.Context, m brokerwire.Message, files []*
 	return brokerwire.Message{}, nil, err
 }
 
+func (w *testWorker) dataset(v brokerwire.Volume) *dataset.Dataset {
+	deps := dataset.Deps{Sources: w, Metadata: w.meta, Fills: w.fills, Store: w.store}
+	if v.Path != "" {
+		w.mu.Lock()
+		mounts := w.mounts
+		w.mu.Unlock()
+		return dataset.OpenPath(v, mounts, deps)
+	}
+	d, err := dataset.Open(v, deps)
+	if err != nil {
+		panic(err) // of a volume that a test wrote
+	}
+	return d
+}
+
 func (w *testWorker) adopt(m brokerwire.Message, files []*os.File) error {
 	st, err := brokerwire.ReadState(files[1])
 	if err != nil {
 		return err
 	}
-	d, err := dataset.Open(st.Volume, dataset.Deps{Sources: w, Metadata: w.meta, Fills: w.fills, Store: w.store})
-	if err != nil {
-		return err
-	}
+	d := w.dataset(st.Volume)
 	var b Broker = w
 	if w.broker != nil {
 		b = w.broker(w)
@@ -242,6 +260,7 @@ type options struct {
 	noWorker bool          // children will be the worker
 	log      *slog.Logger  // also of each request
 	source   source.Source // instead of the store in memory
+	mounts   []record.Mount
 }
 
 // world is a broker, a worker in this process, and a volume that is mounted at path.
@@ -273,7 +292,7 @@ func newWorld(t *testing.T, o options) *world {
 		return w
 	}
 	w.testWorker = &testWorker{log: testLog(t), src: w.mem.Source("p"), features: allFeatures, lockOff: o.lockOff,
-		broker: o.broker, compact: o.compact}
+		broker: o.broker, compact: o.compact, mounts: o.mounts}
 	if o.features != nil {
 		w.features = *o.features
 	}
@@ -357,7 +376,9 @@ func (w *world) mountVolume(v brokerwire.Volume) {
 		}
 	}
 	def(&v.ID, "v")
-	def(&v.Source, "file:///set")
+	if v.Path == "" {
+		def(&v.Source, "file:///set")
+	}
 	def((*string)(&v.Complete), string(brokerwire.CompleteNever))
 	switch {
 	case v.Freshness == 0:

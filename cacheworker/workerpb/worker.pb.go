@@ -815,6 +815,126 @@ func (*UsersReply) Descriptor() ([]byte, []int) {
 	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{10}
 }
 
+type MountedRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`            // of the namespace
+	Inline        bool                   `protobuf:"varint,2,opt,name=inline,proto3" json:"inline,omitempty"`       // the volume's attributes were written by a user
+	Namespace     string                 `protobuf:"bytes,3,opt,name=namespace,proto3" json:"namespace,omitempty"`  // Kubernetes namespace of its pods; "" if it is not known
+	Undecided     bool                   `protobuf:"varint,4,opt,name=undecided,proto3" json:"undecided,omitempty"` // because it will be known later: it is not refused yet
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MountedRequest) Reset() {
+	*x = MountedRequest{}
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MountedRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MountedRequest) ProtoMessage() {}
+
+func (x *MountedRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MountedRequest.ProtoReflect.Descriptor instead.
+func (*MountedRequest) Descriptor() ([]byte, []int) {
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *MountedRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *MountedRequest) GetInline() bool {
+	if x != nil {
+		return x.Inline
+	}
+	return false
+}
+
+func (x *MountedRequest) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *MountedRequest) GetUndecided() bool {
+	if x != nil {
+		return x.Undecided
+	}
+	return false
+}
+
+type MountedReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Secrets       []string               `protobuf:"bytes,1,rep,name=secrets,proto3" json:"secrets,omitempty"`                      // of the mounts that the volume shows: secret:namespace/name
+	OwnSecret     string                 `protobuf:"bytes,2,opt,name=own_secret,json=ownSecret,proto3" json:"own_secret,omitempty"` // that of the path itself, without which nothing can be read; "" if it needs none
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MountedReply) Reset() {
+	*x = MountedReply{}
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MountedReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MountedReply) ProtoMessage() {}
+
+func (x *MountedReply) ProtoReflect() protoreflect.Message {
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MountedReply.ProtoReflect.Descriptor instead.
+func (*MountedReply) Descriptor() ([]byte, []int) {
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *MountedReply) GetSecrets() []string {
+	if x != nil {
+		return x.Secrets
+	}
+	return nil
+}
+
+func (x *MountedReply) GetOwnSecret() string {
+	if x != nil {
+		return x.OwnSecret
+	}
+	return ""
+}
+
 var File_cacheworker_workerpb_worker_proto protoreflect.FileDescriptor
 
 const file_cacheworker_workerpb_worker_proto_rawDesc = "" +
@@ -888,11 +1008,21 @@ const file_cacheworker_workerpb_worker_proto_rawDesc = "" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
 	"\x03uid\x18\x03 \x01(\tR\x03uid\"\f\n" +
 	"\n" +
-	"UsersReply2\xb7\x02\n" +
+	"UsersReply\"x\n" +
+	"\x0eMountedRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x16\n" +
+	"\x06inline\x18\x02 \x01(\bR\x06inline\x12\x1c\n" +
+	"\tnamespace\x18\x03 \x01(\tR\tnamespace\x12\x1c\n" +
+	"\tundecided\x18\x04 \x01(\bR\tundecided\"G\n" +
+	"\fMountedReply\x12\x18\n" +
+	"\asecrets\x18\x01 \x03(\tR\asecrets\x12\x1d\n" +
+	"\n" +
+	"own_secret\x18\x02 \x01(\tR\townSecret2\x84\x03\n" +
 	"\x06Worker\x12I\n" +
 	"\x06Status\x12\x1f.larder.worker.v1.StatusRequest\x1a\x1e.larder.worker.v1.WorkerStatus\x12E\n" +
 	"\x05Users\x12\x1e.larder.worker.v1.UsersRequest\x1a\x1c.larder.worker.v1.UsersReply\x12I\n" +
-	"\x06Volume\x12\x1f.larder.worker.v1.VolumeRequest\x1a\x1e.larder.worker.v1.VolumeStatus\x12P\n" +
+	"\x06Volume\x12\x1f.larder.worker.v1.VolumeRequest\x1a\x1e.larder.worker.v1.VolumeStatus\x12K\n" +
+	"\aMounted\x12 .larder.worker.v1.MountedRequest\x1a\x1e.larder.worker.v1.MountedReply\x12P\n" +
 	"\bHandOver\x12!.larder.worker.v1.HandOverRequest\x1a\x1f.larder.worker.v1.HandOverReply0\x01B1Z/github.com/larderfs/larder/cacheworker/workerpbb\x06proto3"
 
 var (
@@ -907,7 +1037,7 @@ func file_cacheworker_workerpb_worker_proto_rawDescGZIP() []byte {
 	return file_cacheworker_workerpb_worker_proto_rawDescData
 }
 
-var file_cacheworker_workerpb_worker_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_cacheworker_workerpb_worker_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_cacheworker_workerpb_worker_proto_goTypes = []any{
 	(*HandOverRequest)(nil),       // 0: larder.worker.v1.HandOverRequest
 	(*HandOverReply)(nil),         // 1: larder.worker.v1.HandOverReply
@@ -920,10 +1050,12 @@ var file_cacheworker_workerpb_worker_proto_goTypes = []any{
 	(*VolumeUsers)(nil),           // 8: larder.worker.v1.VolumeUsers
 	(*Pod)(nil),                   // 9: larder.worker.v1.Pod
 	(*UsersReply)(nil),            // 10: larder.worker.v1.UsersReply
-	(*timestamppb.Timestamp)(nil), // 11: google.protobuf.Timestamp
+	(*MountedRequest)(nil),        // 11: larder.worker.v1.MountedRequest
+	(*MountedReply)(nil),          // 12: larder.worker.v1.MountedReply
+	(*timestamppb.Timestamp)(nil), // 13: google.protobuf.Timestamp
 }
 var file_cacheworker_workerpb_worker_proto_depIdxs = []int32{
-	11, // 0: larder.worker.v1.WorkerStatus.started:type_name -> google.protobuf.Timestamp
+	13, // 0: larder.worker.v1.WorkerStatus.started:type_name -> google.protobuf.Timestamp
 	5,  // 1: larder.worker.v1.WorkerStatus.volumes:type_name -> larder.worker.v1.VolumeStatus
 	6,  // 2: larder.worker.v1.WorkerStatus.features:type_name -> larder.worker.v1.Feature
 	8,  // 3: larder.worker.v1.UsersRequest.volumes:type_name -> larder.worker.v1.VolumeUsers
@@ -931,13 +1063,15 @@ var file_cacheworker_workerpb_worker_proto_depIdxs = []int32{
 	2,  // 5: larder.worker.v1.Worker.Status:input_type -> larder.worker.v1.StatusRequest
 	7,  // 6: larder.worker.v1.Worker.Users:input_type -> larder.worker.v1.UsersRequest
 	4,  // 7: larder.worker.v1.Worker.Volume:input_type -> larder.worker.v1.VolumeRequest
-	0,  // 8: larder.worker.v1.Worker.HandOver:input_type -> larder.worker.v1.HandOverRequest
-	3,  // 9: larder.worker.v1.Worker.Status:output_type -> larder.worker.v1.WorkerStatus
-	10, // 10: larder.worker.v1.Worker.Users:output_type -> larder.worker.v1.UsersReply
-	5,  // 11: larder.worker.v1.Worker.Volume:output_type -> larder.worker.v1.VolumeStatus
-	1,  // 12: larder.worker.v1.Worker.HandOver:output_type -> larder.worker.v1.HandOverReply
-	9,  // [9:13] is the sub-list for method output_type
-	5,  // [5:9] is the sub-list for method input_type
+	11, // 8: larder.worker.v1.Worker.Mounted:input_type -> larder.worker.v1.MountedRequest
+	0,  // 9: larder.worker.v1.Worker.HandOver:input_type -> larder.worker.v1.HandOverRequest
+	3,  // 10: larder.worker.v1.Worker.Status:output_type -> larder.worker.v1.WorkerStatus
+	10, // 11: larder.worker.v1.Worker.Users:output_type -> larder.worker.v1.UsersReply
+	5,  // 12: larder.worker.v1.Worker.Volume:output_type -> larder.worker.v1.VolumeStatus
+	12, // 13: larder.worker.v1.Worker.Mounted:output_type -> larder.worker.v1.MountedReply
+	1,  // 14: larder.worker.v1.Worker.HandOver:output_type -> larder.worker.v1.HandOverReply
+	10, // [10:15] is the sub-list for method output_type
+	5,  // [5:10] is the sub-list for method input_type
 	5,  // [5:5] is the sub-list for extension type_name
 	5,  // [5:5] is the sub-list for extension extendee
 	0,  // [0:5] is the sub-list for field type_name
@@ -954,7 +1088,7 @@ func file_cacheworker_workerpb_worker_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_cacheworker_workerpb_worker_proto_rawDesc), len(file_cacheworker_workerpb_worker_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -24,6 +24,7 @@ const (
 	Worker_Status_FullMethodName   = "/larder.worker.v1.Worker/Status"
 	Worker_Users_FullMethodName    = "/larder.worker.v1.Worker/Users"
 	Worker_Volume_FullMethodName   = "/larder.worker.v1.Worker/Volume"
+	Worker_Mounted_FullMethodName  = "/larder.worker.v1.Worker/Mounted"
 	Worker_HandOver_FullMethodName = "/larder.worker.v1.Worker/HandOver"
 )
 
@@ -38,6 +39,10 @@ type WorkerClient interface {
 	Users(ctx context.Context, in *UsersRequest, opts ...grpc.CallOption) (*UsersReply, error)
 	// Volume tells about one volume that is mounted here; NOT_FOUND for any other.
 	Volume(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*VolumeStatus, error)
+	// Mounted tells whether a volume may use what is mounted at a path of the namespace, and what the
+	// node plugin has to bring for it. PERMISSION_DENIED and NOT_FOUND say in their text what to do;
+	// UNAVAILABLE is for a worker that was never told what is mounted.
+	Mounted(ctx context.Context, in *MountedRequest, opts ...grpc.CallOption) (*MountedReply, error)
 	// HandOver asks the worker to give its cache directory to the caller, another worker of the same
 	// user on the same run directory. It answers when the directory is free, serves its mounts
 	// until the caller is ready to, and ends. It also ends when the stream does before that: it
@@ -83,6 +88,16 @@ func (c *workerClient) Volume(ctx context.Context, in *VolumeRequest, opts ...gr
 	return out, nil
 }
 
+func (c *workerClient) Mounted(ctx context.Context, in *MountedRequest, opts ...grpc.CallOption) (*MountedReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(MountedReply)
+	err := c.cc.Invoke(ctx, Worker_Mounted_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *workerClient) HandOver(ctx context.Context, in *HandOverRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[HandOverReply], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &Worker_ServiceDesc.Streams[0], Worker_HandOver_FullMethodName, cOpts...)
@@ -113,6 +128,10 @@ type WorkerServer interface {
 	Users(context.Context, *UsersRequest) (*UsersReply, error)
 	// Volume tells about one volume that is mounted here; NOT_FOUND for any other.
 	Volume(context.Context, *VolumeRequest) (*VolumeStatus, error)
+	// Mounted tells whether a volume may use what is mounted at a path of the namespace, and what the
+	// node plugin has to bring for it. PERMISSION_DENIED and NOT_FOUND say in their text what to do;
+	// UNAVAILABLE is for a worker that was never told what is mounted.
+	Mounted(context.Context, *MountedRequest) (*MountedReply, error)
 	// HandOver asks the worker to give its cache directory to the caller, another worker of the same
 	// user on the same run directory. It answers when the directory is free, serves its mounts
 	// until the caller is ready to, and ends. It also ends when the stream does before that: it
@@ -136,6 +155,9 @@ func (UnimplementedWorkerServer) Users(context.Context, *UsersRequest) (*UsersRe
 }
 func (UnimplementedWorkerServer) Volume(context.Context, *VolumeRequest) (*VolumeStatus, error) {
 	return nil, status.Error(codes.Unimplemented, "method Volume not implemented")
+}
+func (UnimplementedWorkerServer) Mounted(context.Context, *MountedRequest) (*MountedReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Mounted not implemented")
 }
 func (UnimplementedWorkerServer) HandOver(*HandOverRequest, grpc.ServerStreamingServer[HandOverReply]) error {
 	return status.Error(codes.Unimplemented, "method HandOver not implemented")
@@ -215,6 +237,24 @@ func _Worker_Volume_Handler(srv interface{}, ctx context.Context, dec func(inter
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Worker_Mounted_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(MountedRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(WorkerServer).Mounted(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Worker_Mounted_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(WorkerServer).Mounted(ctx, req.(*MountedRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Worker_HandOver_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(HandOverRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -244,6 +284,10 @@ var Worker_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Volume",
 			Handler:    _Worker_Volume_Handler,
+		},
+		{
+			MethodName: "Mounted",
+			Handler:    _Worker_Mounted_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

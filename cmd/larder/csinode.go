@@ -152,6 +152,7 @@ func (n *csiNode) newParts(br *broker.Broker) (p *nodeParts, err error) {
 		return p, err
 	}
 	n.driver.Pods, n.driver.KubeletDir = nodePods(p.kube, n.driver.NodeID), n.cluster.kubelet
+	n.driver.Secrets = secretReader(p.kube)
 	if p.node, err = newNode(n.driver, n.run, nil); err != nil {
 		return p, err
 	}

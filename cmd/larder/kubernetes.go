@@ -1,13 +1,18 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"path/filepath"
 
 	"github.com/spf13/pflag"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/klog/v2"
 
+	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/driver"
 	"github.com/larderfs/larder/driver/kube"
 	"github.com/larderfs/larder/driver/localpv"
@@ -46,6 +51,31 @@ func nodePods(c *kube.Client, node string) driver.Pods {
 		return nil
 	}
 	return kube.NodePods{Client: c, Recorder: speaker(c, node), Node: node}
+}
+
+// secretReader reads the Secrets that mounts of the namespace name; nil without a cluster. It lists, which is
+// all that the node plugin may, of its own namespace, for local volumes.
+func secretReader(c *kube.Client) func(ctx context.Context, namespace, name string) (map[string]string, error) {
+	if c == nil {
+		return nil
+	}
+	return func(ctx context.Context, namespace, name string) (map[string]string, error) {
+		list, err := c.Secrets(namespace).List(ctx, metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector("metadata.name", name).String()})
+		if err != nil {
+			return nil, fmt.Errorf("list Secrets of namespace %s (a RoleBinding to larder-node there allows it): %v: %w", namespace, err, object.ErrUnavailable)
+		}
+		for _, s := range list.Items {
+			if s.Name != name {
+				continue
+			}
+			data := map[string]string{}
+			for k, v := range s.Data {
+				data[k] = string(v)
+			}
+			return data, nil
+		}
+		return nil, fmt.Errorf("there is no Secret %q in namespace %s; create it, with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: %w", name, namespace, object.ErrNotFound)
+	}
 }
 
 // localVolumes offers datasets; nil if it is told of none.

@@ -127,13 +127,14 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 			f.StringVar(&c.FileRoot, "file-root", "", "`directory` below which file:// sources may lie")
 			f.StringVar(&c.FileRootPath, "file-root-path", "", "`path` by which to open the file root")
 			f.MarkHidden("file-root-path")
+			f.StringVar(&c.CredentialRoot, "credential-root", "", "`directory` below which mounts of the namespace may name files with their credentials (file:/path); empty allows none")
 			f.BoolVar(&c.Standby, "standby", false, "wait until no other worker has the cache, instead of asking for it")
 			f.MarkHidden("standby")
 			featureFlags(f, &c.Features)
 		},
 		func(ctx context.Context, log *slog.Logger) error {
 			c.TierDir, c.ViewDir, c.CapacityBytes, c.MinFreeBytes = t.dir, readOnlyDir, t.bytes, minFree.bytes
-			c.MemoryBytes = memory.bytes
+			c.MemoryBytes, c.Getenv = memory.bytes, os.Getenv
 			c.BrokerSocket, c.ControlSocket = filepath.Join(run, brokerSocket), filepath.Join(run, controlSocket)
 			c.Log, c.Version, c.MetricsListen, c.Profiles = log, version, l.metrics, l.profiles
 			if err := alone(&c, socketDir, parameters); err != nil {

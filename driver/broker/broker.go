@@ -164,7 +164,7 @@ func (b *Broker) handle(ctx context.Context, s *brokerwire.Session, in brokerwir
 	}
 	switch in.Verb {
 	case brokerwire.RefreshVolume:
-		err = b.held.Refresh(ctx, m, in.Volume)
+		err = b.held.Refresh(ctx, m, in.Volume, in.Keep)
 	case brokerwire.Bind:
 		err = bindTree(m.Path, in.Sub, in.Target, in.ReadOnly, m.Dev)
 	case brokerwire.Register:

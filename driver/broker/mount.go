@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,7 +32,7 @@ func (b *Broker) mountVolume(ctx context.Context, in brokerwire.Message) error {
 		if m.Path != in.Path {
 			return fmt.Errorf("volume %q is mounted at %s: %w", m.ID, m.Path, brokerwire.ErrExists)
 		}
-		return b.held.Refresh(ctx, m, in.Volume)
+		return b.held.Refresh(ctx, m, in.Volume, false)
 	}
 	if err := clearDead(in.Path, b.cfg.Name); err != nil {
 		return err
@@ -57,7 +58,7 @@ func (b *Broker) mountVolume(ctx context.Context, in brokerwire.Message) error {
 		b.held.Release(context.WithoutCancel(ctx), m)
 		return err
 	}
-	b.cfg.Log.Info("mounted", "volume", m.ID, "path", in.Path, "source", in.Volume.Source)
+	b.cfg.Log.Info("mounted", "volume", m.ID, "path", in.Path, "source", cmp.Or(in.Volume.Source, in.Volume.Path))
 	return nil
 }
 

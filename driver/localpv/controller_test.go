@@ -72,6 +72,10 @@ func (b *tmpfsBroker) Mounts(context.Context) (ms []brokerwire.Mount, err error)
 	return ms, nil
 }
 
+func (b *tmpfsBroker) RefreshMounts(context.Context, brokerwire.Volume) error {
+	return errors.New("a local volume has no mounts of the namespace")
+}
+
 func (b *tmpfsBroker) Refresh(context.Context, brokerwire.Volume) error { return nil }
 
 func (b *tmpfsBroker) Bind(_ context.Context, id, _, target string, _ bool) error {

@@ -280,15 +280,20 @@ func (ms *Mounts) List() []brokerwire.Mount {
 	return out
 }
 
-// Refresh puts new credentials into the memfd and tells the worker.
-func (ms *Mounts) Refresh(ctx context.Context, m *Mount, v *brokerwire.Volume) error {
+// Refresh puts new credentials into the memfd and tells the worker; keep leaves the volume's own as
+// they are.
+func (ms *Mounts) Refresh(ctx context.Context, m *Mount, v *brokerwire.Volume, keep bool) error {
 	if v == nil || v.ID != m.ID {
 		return fmt.Errorf("refresh: volume %q itself is needed: %w", m.ID, object.ErrInvalid)
 	}
-	if m.Record.State().Volume == *v {
+	now := *v
+	if keep {
+		now.Credentials = m.Record.State().Volume.Credentials
+	}
+	if m.Record.State().Volume == now {
 		return nil
 	}
-	if err := m.Record.Update(func(s *brokerwire.State) { s.Volume = *v }); err != nil {
+	if err := m.Record.Update(func(s *brokerwire.State) { s.Volume = now }); err != nil {
 		return err
 	}
 	return ms.tell(ctx, brokerwire.Message{Verb: brokerwire.Reload, Mount: m.ID})

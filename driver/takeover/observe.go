@@ -62,9 +62,10 @@ func (m *Mount) takenBy(s *brokerwire.Session) (stall time.Duration) {
 
 func (m *Mount) info() brokerwire.Mount {
 	st := m.Record.State()
-	st.Volume.Credentials = brokerwire.Credentials{}
+	secrets := st.Volume.Secrets.Names()
+	st.Volume.Credentials, st.Volume.Secrets = brokerwire.Credentials{}, brokerwire.Secrets{}
 	out := brokerwire.Mount{VolumeID: m.ID, Path: m.Path, Volume: st.Volume, Since: st.Since, Takeovers: st.Takeovers,
-		Socket: st.Socket, LongestStall: st.LongestStall}
+		Socket: st.Socket, LongestStall: st.LongestStall, Secrets: secrets}
 	if st.Negotiated() {
 		out.Without = st.Without()
 	}

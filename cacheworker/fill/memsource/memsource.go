@@ -74,6 +74,14 @@ func (s *Store) Put(key string, data []byte) object.Object {
 	return f.object(key)
 }
 
+// Get returns a file; ok is false if there is none.
+func (s *Store) Get(key string) (data []byte, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f, ok := s.files[key]
+	return f.data, ok
+}
+
 // Delete removes a file.
 func (s *Store) Delete(key string) {
 	s.mu.Lock()
