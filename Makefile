@@ -65,7 +65,7 @@ e2e-down: ## end it (root)
 lint: ## gofmt, vet, staticcheck, import direction, generated code, house rules
 	go test -count=1 ./sanity/lint
 
-generate: ## write the Go files of the .proto files, and the Helm chart from the kustomize base
+generate: ## write the Go files of the .proto files, and the Helm chart from the kustomize base and deploy/monitoring
 	go run ./sanity/protogen
 	cd deploy/helm && go run .
 

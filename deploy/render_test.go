@@ -59,6 +59,8 @@ var kinds = map[string]struct {
 	"rbac.authorization.k8s.io/v1/RoleBinding":        {func() any { return &rbacv1.RoleBinding{} }, true},
 	"rbac.authorization.k8s.io/v1/ClusterRole":        {func() any { return &rbacv1.ClusterRole{} }, false},
 	"rbac.authorization.k8s.io/v1/ClusterRoleBinding": {func() any { return &rbacv1.ClusterRoleBinding{} }, false},
+	"monitoring.coreos.com/v1/PodMonitor":             {func() any { return &podMonitor{} }, true},
+	"monitoring.coreos.com/v1/PrometheusRule":         {func() any { return &prometheusRule{} }, true},
 	"storage.k8s.io/v1/CSIDriver":                     {func() any { return &storagev1.CSIDriver{} }, false},
 	"storage.k8s.io/v1/StorageClass":                  {func() any { return &storagev1.StorageClass{} }, false},
 }

@@ -120,10 +120,10 @@ func stripMap(m protoreflect.Map) {
 	})
 }
 
-// loggable keys are ours, topology, and what the kubelet says of the pod.
+// loggable keys are ours, topology, and what the orchestrator says of claim and pod.
 func loggable(key string) bool {
 	if slices.Contains(parameterNames, key) || key == TopologyKey || key == keyEphemeral {
 		return true
 	}
-	return strings.HasPrefix(key, "csi.storage.k8s.io/pod.") || key == "csi.storage.k8s.io/serviceAccount.name"
+	return key == keyClaimNamespace || key == keyClaimName || strings.HasPrefix(key, "csi.storage.k8s.io/pod.") || key == "csi.storage.k8s.io/serviceAccount.name"
 }

@@ -15,10 +15,11 @@ import (
 
 func main() {
 	base := flag.String("base", "../base", "`directory` of the kustomize base")
-	out := flag.String("o", "larder/templates", "`directory` of the templates")
+	watch := flag.String("monitoring", "../monitoring", "`directory` of what watches Larder")
+	out := flag.String("o", "larder", "`directory` of the chart")
 	check := flag.Bool("check", false, "write nothing; fail if something would change")
 	flag.Parse()
-	if err := run(*base, *out, *check); err != nil {
+	if err := run(*base, *watch, *out, *check); err != nil {
 		fmt.Fprintln(os.Stderr, "helm:", err)
 		os.Exit(1)
 	}
@@ -27,24 +28,63 @@ func main() {
 // files of the base that are in the chart. The namespace is not: Helm makes it, or the user.
 var files = []string{"csidriver.yaml", "storageclasses.yaml", "rbac.yaml", "policies.yaml", "master.yaml", "controller.yaml", "node.yaml", "worker.yaml", "networkpolicies.yaml"}
 
-func run(base, out string, check bool) error {
+func run(base, watch, out string, check bool) error {
 	for _, name := range files {
 		in, err := os.ReadFile(filepath.Join(base, name))
 		if err != nil {
 			return err
 		}
 		want, err := template(name, string(in))
+		if err == nil {
+			err = write(filepath.Join(out, "templates", name), want, check)
+		}
 		if err != nil {
 			return err
 		}
-		to := filepath.Join(out, name)
-		if check {
-			if have, err := os.ReadFile(to); err != nil || !bytes.Equal(have, want) {
-				return fmt.Errorf("%s is not made from %s: run make generate", to, filepath.Join(base, name))
-			}
-			continue
+	}
+	return monitoring(watch, out, check)
+}
+
+// write writes a file, or, to check, says that it would be another one.
+func write(name string, want []byte, check bool) error {
+	if !check {
+		return os.WriteFile(name, want, 0o644)
+	}
+	if have, err := os.ReadFile(name); err != nil || !bytes.Equal(have, want) {
+		return fmt.Errorf("%s is not what it is made from: run make generate", name)
+	}
+	return nil
+}
+
+// monitoring makes the PrometheusRule of the rules file, and what the chart has of both and of the dashboard: the chart
+// keeps the two files as they are, because Prometheus and Grafana have braces of their own.
+func monitoring(dir, out string, check bool) error {
+	text := map[string]string{}
+	for _, name := range []string{"podmonitor.yaml", "alerts.yaml", "dashboard.json"} {
+		b, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			return err
 		}
-		if err := os.WriteFile(to, want, 0o644); err != nil {
+		text[name] = string(b)
+	}
+	const rule = "apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: larder\n  labels: {app.kubernetes.io/name: larder}\nspec:"
+	var indented strings.Builder
+	for line := range strings.Lines(text["alerts.yaml"]) {
+		if strings.TrimSpace(line) != "" {
+			indented.WriteString("  ")
+		}
+		indented.WriteString(line)
+	}
+	const dashboard = "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: larder-dashboard\n  labels: {app.kubernetes.io/name: larder, grafana_dashboard: \"1\"}\ndata:\n  larder.json: |"
+	made := map[string]string{
+		filepath.Join(dir, "prometheusrule.yaml"):     "# Written from alerts.yaml by deploy/helm: change it there.\n" + rule + "\n" + indented.String(),
+		filepath.Join(out, "files", "alerts.yaml"):    text["alerts.yaml"],
+		filepath.Join(out, "files", "dashboard.json"): text["dashboard.json"],
+		filepath.Join(out, "templates", "monitoring.yaml"): "# Written from deploy/monitoring by deploy/helm: change it there.\n{{- if .Values.monitoring.enabled }}\n" + text["podmonitor.yaml"] +
+			"---\n" + rule + " {{- .Files.Get \"files/alerts.yaml\" | nindent 2 }}\n---\n" + dashboard + "{{ .Files.Get \"files/dashboard.json\" | nindent 4 }}\n{{- end }}\n",
+	}
+	for name, want := range made {
+		if err := write(name, []byte(want), check); err != nil {
 			return err
 		}
 	}
