@@ -72,6 +72,9 @@ func ParseMount(m Mount) (Mount, error) { return record.ParseMount(m) }
 // ParsePath reads a path of the namespace as people write it.
 func ParsePath(s string) (string, error) { return record.ParsePath(s) }
 
+// VolumeID is the id of the volume with that name.
+func VolumeID(name string) string { return record.VolumeID(name) }
+
 // ValidID reports whether the master can know a volume by that id.
 func ValidID(id string) bool { return record.ValidID(id) }
 
