@@ -122,7 +122,7 @@ func (m *Master) run(ctx context.Context) (err error) {
 	g.Go(func() error { return reg.Run(ctx) })
 	g.Go(func() error { return st.wait(ctx) })
 	close(m.ready)
-	m.cfg.Log.Info("master ready", "listen", addr, "embedded", st.embedded(), "opened_in", time.Since(opened).Round(time.Millisecond))
+	m.cfg.Log.Info("master ready", "listen", addr, "embedded", st.embedded(), "openedIn", time.Since(opened).Round(time.Millisecond))
 	return g.Wait()
 }
 

@@ -138,7 +138,7 @@ func (s *store) start(ctx context.Context, ec *embed.Config, check func(*embed.E
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case <-slow.C:
-			s.logs.log.Warn("the store is not ready yet: is a majority of the masters up?", "initial_cluster", ec.InitialCluster)
+			s.logs.log.Warn("the store is not ready yet: is a majority of the masters up?", "initialCluster", ec.InitialCluster)
 		}
 	}
 }

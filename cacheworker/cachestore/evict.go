@@ -310,12 +310,17 @@ func (s *Store) janitor(ctx context.Context) {
 	if s.unclean {
 		unaudited = s.all()
 	}
+	var st storm
 	tick := time.NewTicker(probeEvery)
 	defer tick.Stop()
 	for {
 		unaudited = s.audit(ctx, unaudited)
 		s.reserve(0, 0) // evicts until there is room; if all is in use, so be it
 		s.saveRevocations()
+		s.wellAgain()
+		if evicted, storm := st.note(time.Now(), s.evictedBytes.Load(), s.cfg.CapacityBytes); storm {
+			s.log.Warn("the cache is too small for what is read: much is evicted; said again after a quiet while", "evictedBytes", evicted, "within", stormWindow, "capacityBytes", s.cfg.CapacityBytes)
+		}
 		select {
 		case <-ctx.Done():
 			return
@@ -325,6 +330,32 @@ func (s *Store) janitor(ctx context.Context) {
 		s.probe()
 		s.evicting.Unlock()
 	}
+}
+
+// storm is more than half of the cache evicted within a few minutes.
+type storm struct {
+	since time.Time // when the window began
+	bytes int64     // evicted until then
+	blows bool
+}
+
+const stormWindow = 5 * time.Minute
+
+// note is told what was evicted so far, and reports whether a storm has begun, with what it took. It ends with a window without.
+func (st *storm) note(now time.Time, bytes, capacity int64) (evicted int64, begins bool) {
+	if st.since.IsZero() {
+		st.since, st.bytes = now, bytes
+	}
+	evicted = bytes - st.bytes
+	much := evicted > capacity/2
+	begins = much && !st.blows
+	switch {
+	case much:
+		st.blows, st.since, st.bytes = true, now, bytes
+	case now.Sub(st.since) >= stormWindow:
+		st.blows, st.since, st.bytes = false, now, bytes
+	}
+	return evicted, begins
 }
 
 // takeStock reads the index, which may not be open yet, and holds it against the files.

@@ -540,11 +540,25 @@ func (s *Store) trouble(err error) {
 	now := time.Now()
 	s.mu.Lock()
 	first := now.Sub(s.troubleAt) > troubleOver
-	s.troubleAt = now
+	s.troubleAt, s.troubled = now, s.troubled+1
 	s.fsAt = time.Time{} // look at the file system again
 	s.mu.Unlock()
 	if first {
 		s.log.Error("cache cannot be written, reading through; what else fails until a minute has passed without it is only counted", "err", err)
+	}
+}
+
+// wellAgain says, once, that the disk takes again what is written.
+func (s *Store) wellAgain() {
+	s.mu.Lock()
+	refused := s.troubled
+	over := refused > 0 && time.Since(s.troubleAt) > troubleOver && !s.index.isBroken() && !s.index.health.isSick()
+	if over {
+		s.troubled = 0
+	}
+	s.mu.Unlock()
+	if over {
+		s.log.Info("cache can be written again", "refused", refused)
 	}
 }
 

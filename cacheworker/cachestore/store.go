@@ -104,6 +104,7 @@ type Store struct {
 	heldBytes  int64                // sum of held
 	probedAt   time.Time
 	troubleAt  time.Time // of the last refusal by the file system
+	troubled   int       // refusals since it was said that there are none
 	fsRoom     room      // as of fsAt, less what was written since
 	fsAt       time.Time
 	storeIDs   map[object.Store]uint32

@@ -92,6 +92,7 @@ type Mount struct {
 	inherited          sync.Once   // an earlier worker's request was answered
 
 	trouble trouble
+	rows    rows
 
 	notify func(message []byte) error // tells the kernel; nil where it cannot expire names
 
@@ -185,7 +186,7 @@ func (m *Mount) status(op string, n *node, err error) fuse.Status {
 		if errors.Is(err, e.err) {
 			if e.err == object.ErrDenied {
 				m.trouble.note(err)
-				m.cfg.Log.Warn("denied", "op", op, "volume", m.cfg.Volume.ID, "err", err)
+				m.logFailure(slog.LevelWarn, "denied", op, syscall.EACCES, err)
 			}
 			if e.err == object.ErrChanged || e.err == object.ErrNotFound {
 				return e.errno
@@ -194,7 +195,7 @@ func (m *Mount) status(op string, n *node, err error) fuse.Status {
 		}
 	}
 	m.trouble.note(err)
-	m.cfg.Log.Error(op, "volume", m.cfg.Volume.ID, "err", err)
+	m.logFailure(slog.LevelError, "a request failed", op, syscall.EIO, err)
 	return m.cfg.Counters.failures.note(fuse.EIO)
 }
 

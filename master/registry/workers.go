@@ -90,7 +90,7 @@ func (r *Registry) keepLease(ctx context.Context, id clientv3.LeaseID, length ti
 
 func (r *Registry) logRegistered(reg record.Registration, prev *mvccpb.KeyValue) {
 	if prev == nil {
-		r.log.Info("worker registered", "node", reg.Node, "worker", reg.UUID, "capacity_bytes", reg.CapacityBytes, "volumes", len(reg.Volumes))
+		r.log.Info("worker registered", "node", reg.Node, "worker", reg.UUID, "capacityBytes", reg.CapacityBytes, "volumes", len(reg.Volumes))
 		return
 	}
 	if old, err := decode[worker](prev); err == nil && old.UUID != reg.UUID {
