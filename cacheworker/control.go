@@ -55,7 +55,7 @@ func (c control) Status(context.Context, *workerpb.StatusRequest) (*workerpb.Wor
 	w.mounts.mu.Lock()
 	out.Takeovers = w.mounts.takeovers
 	w.mounts.mu.Unlock()
-	pass, resend := !w.cfg.Features.NoPassthrough && w.cfg.ViewDir != "", !w.cfg.Features.NoResend
+	pass, resend := !w.cfg.Features.NoPassthrough && w.cfg.hasViews(), !w.cfg.Features.NoResend
 	for id, h := range w.mounts.all() {
 		out.Volumes = append(out.Volumes, volumeStatus(id, h))
 		pass, resend = pass && h.Passthrough(), resend && h.Resend()

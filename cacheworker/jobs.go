@@ -380,7 +380,7 @@ func (j *jobs) loadFile(ctx context.Context, part dataset.Part, obj object.Objec
 	for try := 1; ; try++ {
 		present, err = part.Load(ctx, obj)
 		if err == nil && pin && obj.Size > 0 {
-			err = j.w.store.Pin(obj.ID())
+			err = j.w.store.Pin(ctx, obj.ID())
 		}
 		if errors.Is(err, object.ErrChanged) {
 			obj, err = part.Head(ctx, obj.Key)

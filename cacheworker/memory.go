@@ -3,6 +3,7 @@ package cacheworker
 import (
 	"bufio"
 	"errors"
+	"fmt"
 	"io/fs"
 	"math"
 	"os"
@@ -18,14 +19,15 @@ import (
 
 // memory says how much the worker may use, and divides it.
 //
-// The limit is the flag's, or nine tenths of the cgroup's (v1 or v2), or none. Go's heap is
+// The limit is the flag's, or nine tenths of the cgroup's (v1 or v2) without what tiers in memory may take, which
+// is counted there, or none. Go's heap is
 // kept below it by GOMEMLIMIT; what is fetched and not yet written, and what is read through,
 // have budgets of their own, at which readers wait.
 type memory struct {
 	limit int64 // bytes; 0 for none
 }
 
-func newMemory(flag int64, cgroupRoot, self string) (memory, error) {
+func newMemory(flag, tiers int64, cgroupRoot, self string) (memory, error) {
 	if flag > 0 {
 		return memory{flag}, nil
 	}
@@ -33,7 +35,11 @@ func newMemory(flag int64, cgroupRoot, self string) (memory, error) {
 	if err != nil || limit == 0 {
 		return memory{}, err
 	}
-	return memory{limit / 10 * 9}, nil
+	own := (limit - tiers) / 10 * 9
+	if own < minMemory && tiers > 0 {
+		return memory{}, fmt.Errorf("of the cgroup's %d bytes %d are for tiers in memory: that leaves less than 64MiB for the worker", limit, tiers)
+	}
+	return memory{own}, nil
 }
 
 // goLimit is Go's soft limit: what remains is for chunks, which are outside the heap, page tables and pipes.

@@ -34,16 +34,22 @@ func TestMemoryLimitIsTheSmallestOfTheCgroups(t *testing.T) {
 			if err != nil || got != c.want {
 				t.Errorf("limit %d, %v; want %d", got, err, c.want)
 			}
-			m, err := newMemory(0, root, self)
+			m, err := newMemory(0, 0, root, self)
 			if err != nil || m.limit != c.want/10*9 {
 				t.Errorf("nine tenths: %d, %v", m.limit, err)
+			}
+			m, err = newMemory(0, 256<<20, root, self)
+			if tooLittle := c.want > 0 && c.want < 320<<20; (err != nil) != tooLittle {
+				t.Errorf("with a tier in memory: %v", err)
+			} else if c.want > 0 && err == nil && m.limit != (c.want-256<<20)/10*9 {
+				t.Errorf("with a tier in memory: %d", m.limit)
 			}
 		})
 	}
 }
 
 func TestMemoryIsDivided(t *testing.T) {
-	m, err := newMemory(100<<20, "/nowhere", "/nowhere")
+	m, err := newMemory(100<<20, 0, "/nowhere", "/nowhere")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -34,7 +34,7 @@ type mountTable struct {
 	known bool // it was told, or found in the file
 }
 
-// mountsFile is in the tier.
+// mountsFile is in the first tier that outlives the machine.
 const mountsFile = "mounts.json"
 
 // load reads what an earlier worker was told. A file that cannot be read is no table: the master tells it again.
@@ -198,7 +198,7 @@ func (c control) Mounted(_ context.Context, req *workerpb.MountedRequest) (*work
 
 // newMountTable reads what an earlier worker was told.
 func (w *Worker) newMountTable() *mountTable {
-	t := &mountTable{file: filepath.Join(w.cfg.TierDir, mountsFile)}
+	t := &mountTable{file: filepath.Join(w.store.Home(), mountsFile)}
 	if err := t.load(); err != nil {
 		w.log.Warn("what was mounted is not known until the master tells", "err", err)
 	}

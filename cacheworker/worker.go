@@ -14,8 +14,8 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -31,6 +31,7 @@ import (
 	"github.com/larderfs/larder/cacheworker/metadata"
 	"github.com/larderfs/larder/cacheworker/source"
 	"github.com/larderfs/larder/cacheworker/telemetry"
+	"github.com/larderfs/larder/cacheworker/tiers"
 	"github.com/larderfs/larder/master/client"
 )
 
@@ -38,10 +39,8 @@ import (
 type Config struct {
 	Node string // name of the node, for the master
 
-	TierDir       string // cache directory, existing; owned by this process
-	ViewDir       string // TierDir through a read-only mount; "" gives no descriptor away
-	CapacityBytes int64  // of TierDir; 0 means nine tenths of its file system
-	MinFreeBytes  int64  // of the file system
+	Tiers         []Tier // at least one
+	MinFreeBytes  int64  // of each one's file system
 	MinFreeInodes int64
 
 	MemoryBytes int64 // of this process; 0 means nine tenths of its cgroup's limit, if that has one
@@ -60,13 +59,21 @@ type Config struct {
 	CredentialRoot string              // below it are the files that mounts name for their credentials; "" allows none
 	Getenv         func(string) string // where mounts name variables for their credentials; nil allows none
 
-	Standby  bool   // wait for the end of the worker that has TierDir, however long, instead of asking for it
-	Instance string // tells it from other workers that get the same TierDir; "" for none
+	Standby  bool   // wait for the end of the worker that has the tiers, however long, instead of asking for them
+	Instance string // tells it from other workers that get the same tiers; "" for none
 
 	Features Features
 	Alone    *Alone // nil serves mounts
 	Version  string
 	Log      *slog.Logger
+}
+
+// Tier is a cache directory.
+type Tier struct {
+	Dir           string // existing; owned by this process
+	ViewDir       string // Dir through a read-only mount; "" gives no descriptor away
+	Kind          tiers.Kind
+	CapacityBytes int64 // 0 means nine tenths of its file system
 }
 
 // Features that the kernel has and that shall not be used.
@@ -79,7 +86,22 @@ type Features struct {
 // Validate reports all mistakes at once.
 func (c Config) Validate() error {
 	var errs []error
-	paths := []struct{ name, path string }{{"tier", c.TierDir}, {"control socket", c.ControlSocket}}
+	paths := []struct{ name, path string }{{"control socket", c.ControlSocket}}
+	for _, t := range c.Tiers {
+		paths = append(paths, struct{ name, path string }{"tier", t.Dir})
+		if t.ViewDir != "" {
+			paths = append(paths, struct{ name, path string }{"view", t.ViewDir})
+		}
+		if t.CapacityBytes == 0 && t.Kind == tiers.Memory {
+			errs = append(errs, fmt.Errorf("tier %s: in memory it needs a capacity", t.Dir))
+		}
+		if t.CapacityBytes < 0 {
+			errs = append(errs, fmt.Errorf("tier %s: its capacity is negative", t.Dir))
+		}
+	}
+	if len(c.Tiers) == 0 {
+		errs = append(errs, errors.New("tier: at least one is needed"))
+	}
 	if c.Alone == nil {
 		paths = append(paths, struct{ name, path string }{"broker socket", c.BrokerSocket})
 	} else {
@@ -90,7 +112,7 @@ func (c Config) Validate() error {
 			errs = append(errs, fmt.Errorf("%s: %q is not an absolute path", f.name, f.path))
 		}
 	}
-	for _, f := range []struct{ name, path string }{{"view", c.ViewDir}, {"file root", c.FileRoot}, {"credential root", c.CredentialRoot}} {
+	for _, f := range []struct{ name, path string }{{"file root", c.FileRoot}, {"credential root", c.CredentialRoot}} {
 		if f.path != "" && !filepath.IsAbs(f.path) {
 			errs = append(errs, fmt.Errorf("%s: %q is not an absolute path", f.name, f.path))
 		}
@@ -109,8 +131,8 @@ func (c Config) Validate() error {
 	if err := telemetry.CheckLocal(c.Profiles); c.Profiles != "" && err != nil {
 		errs = append(errs, fmt.Errorf("pprof: %w", err))
 	}
-	if c.CapacityBytes < 0 || c.MinFreeBytes < 0 || c.MinFreeInodes < 0 {
-		errs = append(errs, errors.New("tier: capacity and what is kept free are not negative"))
+	if c.MinFreeBytes < 0 || c.MinFreeInodes < 0 {
+		errs = append(errs, errors.New("tier: what is kept free is not negative"))
 	}
 	return errors.Join(errs...)
 }
@@ -129,7 +151,7 @@ type Worker struct {
 	sockets  domainsocket.Counters
 	accounts *accounts
 
-	store    *cachestore.Store
+	store    *tiers.Cache
 	metadata *metadata.Cache
 	fills    *fill.Fills
 	sources  *sources
@@ -178,24 +200,22 @@ func (w *Worker) Run(ctx context.Context) error {
 }
 
 func (w *Worker) run(ctx context.Context) (err error) {
-	lock, err := w.standBy(ctx)
+	mem, err := newMemory(w.cfg.MemoryBytes, w.cfg.inMemory(), "/sys/fs/cgroup", "/proc/self/cgroup")
+	if err != nil {
+		return fmt.Errorf("memory limit: %w", err)
+	}
+	locks, err := tiers.Lock(ctx, w.tierConfig(ctx))
 	if ctx.Err() != nil {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	mem, err := newMemory(w.cfg.MemoryBytes, "/sys/fs/cgroup", "/proc/self/cgroup")
-	if err != nil {
-		return fmt.Errorf("memory limit: %w", err)
+	if w.cfg.Standby {
+		w.started = time.Now()
 	}
 	defer mem.startQuietly()()
-	w.store, err = cachestore.Open(cachestore.Config{
-		Dir: w.cfg.TierDir, ViewDir: w.cfg.ViewDir, CapacityBytes: w.cfg.CapacityBytes,
-		MinFreeBytes: w.cfg.MinFreeBytes, MinFreeInodes: w.cfg.MinFreeInodes,
-		Lock: lock, AskOwner: func() { w.askElder(ctx) }, Log: w.log,
-	})
-	if err != nil {
+	if w.store, err = locks.Open(); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, w.store.Close()) }()
@@ -228,19 +248,36 @@ func (w *Worker) run(ctx context.Context) (err error) {
 	}
 	g.Go(func() error { return serveControl(ctx, control, w) })
 	g.Go(func() error { return w.followCredentials(ctx) })
-	w.log.Info("worker started", "uuid", w.store.UUID(), "tier", w.cfg.TierDir, "openTier", opened.Sub(w.started), "parts", time.Since(opened),
+	w.log.Info("worker started", "uuid", w.store.UUID(), "tier", w.cfg.Tiers[0].Dir, "tiers", len(w.cfg.Tiers), "openTier", opened.Sub(w.started), "parts", time.Since(opened),
 		"cpu", cpuTime())
 	return g.Wait()
 }
 
-// standBy waits until no other worker has the cache directory, if this one is to.
-func (w *Worker) standBy(ctx context.Context) (lock *os.File, err error) {
-	if !w.cfg.Standby {
-		return nil, nil
+// tierConfig is what to open: in reserve only when no other worker has it.
+func (w *Worker) tierConfig(ctx context.Context) tiers.Config {
+	c := tiers.Config{Standby: w.cfg.Standby, AskOwner: func() { w.askElder(ctx) }, Log: w.log}
+	for _, t := range w.cfg.Tiers {
+		c.Tiers = append(c.Tiers, tiers.Tier{Kind: t.Kind, Store: cachestore.Config{
+			Dir: t.Dir, ViewDir: t.ViewDir, CapacityBytes: t.CapacityBytes,
+			MinFreeBytes: w.cfg.MinFreeBytes, MinFreeInodes: w.cfg.MinFreeInodes, Log: w.log,
+		}})
 	}
-	lock, err = cachestore.Await(ctx, w.cfg.TierDir)
-	w.started = time.Now()
-	return lock, err
+	return c
+}
+
+// inMemory is what the tiers in memory may take.
+func (c Config) inMemory() (bytes int64) {
+	for _, t := range c.Tiers {
+		if t.Kind == tiers.Memory {
+			bytes += t.CapacityBytes
+		}
+	}
+	return bytes
+}
+
+// hasViews reports whether some descriptors can be given away.
+func (c Config) hasViews() bool {
+	return slices.ContainsFunc(c.Tiers, func(t Tier) bool { return t.ViewDir != "" })
 }
 
 // cpuTime is what this process has used since it was started.

@@ -80,6 +80,9 @@ func (d dir) names(folder string) ([]string, error) {
 	return f.Readdirnames(-1)
 }
 
+// ErrTaken is when a directory stays another process's.
+var ErrTaken = errors.New("another process has used it")
+
 // lock takes the directory for this process, waiting for another one to end. ask, unless nil, is
 // called once a second while there is one, at once for the first time.
 func (d dir) lock(ctx context.Context, wait time.Duration, ask func()) (*os.File, error) {
@@ -109,7 +112,7 @@ func (d dir) lock(ctx context.Context, wait time.Duration, ask func()) (*os.File
 		case <-tick.C:
 		case <-ctx.Done():
 			f.Close()
-			return nil, fmt.Errorf("another process has used it for %v: stop that one first", wait)
+			return nil, fmt.Errorf("%w for %v: stop that one first", ErrTaken, wait)
 		}
 	}
 }

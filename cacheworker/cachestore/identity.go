@@ -2,6 +2,7 @@ package cachestore
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -117,5 +118,9 @@ func Lock(ctx context.Context, tier string, wait time.Duration, ask func()) (*os
 		return nil, err
 	}
 	defer d.f.Close()
-	return d.lock(ctx, wait, ask)
+	f, err := d.lock(ctx, cmp.Or(wait, lockWait), ask)
+	if err != nil {
+		return nil, fmt.Errorf("open cache %s: %w", tier, err)
+	}
+	return f, nil
 }

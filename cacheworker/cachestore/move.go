@@ -233,8 +233,11 @@ func (s *Store) Spare(id object.ID, spare bool) {
 	}
 }
 
-// Use says that an object was opened whose file the caller has: it returns how often it was asked for again.
-func (s *Store) Use(id object.ID) (asked uint8) {
+// Use says that an object was opened whose file the caller has.
+func (s *Store) Use(id object.ID) { s.Ask(id) }
+
+// Ask is Use, and returns how often the object was asked for again.
+func (s *Store) Ask(id object.ID) (asked uint8) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.uses++

@@ -108,7 +108,7 @@ func TestUsesAreCountedOnce(t *testing.T) {
 			t.Errorf("asked for again %d times, want %d", f.Asked(), n)
 		}
 	}
-	if n := s.Use(o.ID()); n != 4 {
+	if n := s.Ask(o.ID()); n != 4 {
 		t.Errorf("asked for again %d times, want 4", n)
 	}
 }

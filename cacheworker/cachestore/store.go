@@ -12,6 +12,7 @@
 package cachestore
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
@@ -144,6 +145,28 @@ type Stats struct {
 	ScrubbedBytes int64 // of chunks that were looked at in the background
 }
 
+// Plus are the stats of two tiers together.
+func (s Stats) Plus(o Stats) Stats {
+	s.Reading = s.Reading || o.Reading
+	for _, n := range []struct {
+		of   *int64
+		more int64
+	}{
+		{&s.CapacityBytes, o.CapacityBytes}, {&s.CachedBytes, o.CachedBytes}, {&s.UnverifiedBytes, o.UnverifiedBytes},
+		{&s.DiskBytes, o.DiskBytes}, {&s.UnlinkedBytes, o.UnlinkedBytes}, {&s.PinnedBytes, o.PinnedBytes},
+		{&s.Evictions, o.Evictions}, {&s.EvictedBytes, o.EvictedBytes}, {&s.Rejected, o.Rejected},
+		{&s.BadChunks, o.BadChunks}, {&s.PutErrors, o.PutErrors},
+	} {
+		*n.of += n.more
+	}
+	s.Objects += o.Objects
+	s.CompleteObjects += o.CompleteObjects
+	s.LeasedObjects += o.LeasedObjects
+	s.UnlinkedFiles += o.UnlinkedFiles
+	s.PinnedObjects += o.PinnedObjects
+	return s
+}
+
 // Info is what [Store.Peek] knows.
 type Info struct {
 	Exists       bool
@@ -216,6 +239,8 @@ func (s *Store) start() {
 	s.work.Go(func() { s.writeBackAll(ctx) })
 }
 
+const lockWait = 10 * time.Second
+
 // minHeadroom of the file system is left to the index: a full disk must not stop it.
 const minHeadroom = 8 << 20
 
@@ -225,9 +250,7 @@ func (s *Store) setDefaults() error {
 		return fmt.Errorf("%w: negative capacity or free room", object.ErrInvalid)
 	}
 	c.MinFreeBytes = max(c.MinFreeBytes, minHeadroom)
-	if c.LockWait == 0 {
-		c.LockWait = 10 * time.Second
-	}
+	c.LockWait = cmp.Or(c.LockWait, lockWait)
 	if c.GrantTTL == 0 {
 		c.GrantTTL = 24 * time.Hour
 	}

@@ -19,10 +19,14 @@ type Sum struct {
 }
 
 // Sum counts the cached objects that are wanted. want is called once per under store and says
-// which of its keys are, or nil for none; keys are not to be kept. They are in the index only, so
-// this is one pass over that: not for the path of a read.
-func (s *Store) Sum(ctx context.Context, want func(object.Store) func(key []byte) bool) (sum Sum, err error) {
-	stores, err := s.eachWanted(ctx, want, func(id object.ID, nonce uint64) { s.addTo(&sum, id, nonce) })
+// which of its keys are, or nil for none; keys are not to be kept. Of these, counts says which objects count. Keys are in the
+// index only, so this is one pass over that: not for the path of a read.
+func (s *Store) Sum(ctx context.Context, want func(object.Store) func(key []byte) bool, counts func(object.ID) bool) (sum Sum, err error) {
+	stores, err := s.eachWanted(ctx, want, func(id object.ID, nonce uint64) {
+		if counts(id) {
+			s.addTo(&sum, id, nonce)
+		}
+	})
 	if err != nil {
 		return Sum{}, fmt.Errorf("sum the cache up: %w", err)
 	}

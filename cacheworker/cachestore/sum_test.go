@@ -20,9 +20,11 @@ func below(prefix string) func(object.Store) func([]byte) bool {
 	}
 }
 
+func all(object.ID) bool { return true }
+
 func sum(t testing.TB, s *Store, want func(object.Store) func([]byte) bool) Sum {
 	t.Helper()
-	got, err := s.Sum(t.Context(), want)
+	got, err := s.Sum(t.Context(), want, all)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,13 +90,13 @@ func TestSumEndsWithItsContextAndWithTheIndex(t *testing.T) {
 	put(t, lease(t, s, obj("a", chunk)), 0)
 	over, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := s.Sum(over, below("")); !errors.Is(err, context.Canceled) {
+	if _, err := s.Sum(over, below(""), all); !errors.Is(err, context.Canceled) {
 		t.Errorf("with a context that is over: %v", err)
 	}
 	if err := s.HandOver(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Sum(t.Context(), below("")); !errors.Is(err, errIndex) {
+	if _, err := s.Sum(t.Context(), below(""), all); !errors.Is(err, errIndex) {
 		t.Errorf("without an index: %v", err)
 	}
 }
@@ -127,7 +129,7 @@ func BenchmarkSumOfAMillionChunks(b *testing.B) {
 		seen = 0
 		_, err := s.Sum(b.Context(), func(object.Store) func([]byte) bool {
 			return func(key []byte) bool { seen++; return bytes.HasPrefix(key, []byte("warehouse/table/day=7/")) }
-		})
+		}, all)
 		if err != nil {
 			b.Fatal(err)
 		}

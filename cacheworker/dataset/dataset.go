@@ -40,9 +40,16 @@ type Deps struct {
 	Sources  Sources
 	Metadata *metadata.Cache
 	Fills    *fill.Fills
-	Store    *cachestore.Store
+	Store    Store
 
 	Usage func() *fill.Usage // for whom reads are counted; nil counts them for nobody
+}
+
+// Store is what a dataset asks of the cache beside its fills.
+type Store interface {
+	Peek(object.ID) cachestore.Info
+	Stats() cachestore.Stats
+	Use(object.ID)
 }
 
 // Dataset is safe for concurrent use and never changes; new credentials, and other mounts, make a
@@ -236,6 +243,9 @@ func (d *Dataset) usage() *fill.Usage {
 
 // Peek says what of an object is cached.
 func (d *Dataset) Peek(id object.ID) cachestore.Info { return d.deps.Store.Peek(id) }
+
+// Used says that an object was opened without its reader, which nobody else would tell the cache.
+func (d *Dataset) Used(id object.ID) { d.deps.Store.Use(id) }
 
 // Capacity is the cache's, in bytes: all of it and what is used.
 func (d *Dataset) Capacity() (total, used int64) {

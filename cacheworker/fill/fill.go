@@ -71,10 +71,19 @@ func (c Config) withDefaults() Config {
 	return c
 }
 
+// Store keeps what was fetched: one tier, or several.
+type Store interface {
+	Open(object.Object) (*cachestore.File, error)
+	Peek(object.ID) cachestore.Info
+	Grant(obj object.Object, p object.Principal, at time.Time)
+	Granted(object.ID, object.Principal) bool
+	Revoke(object.Principal, object.Store)
+}
+
 // Fills is what all readers share.
 type Fills struct {
 	cfg    Config
-	store  *cachestore.Store
+	store  Store
 	budget *budget
 	bufs   buffers
 	wg     sync.WaitGroup // fetches, HEADs, completers, learners
@@ -158,7 +167,7 @@ type counters struct {
 }
 
 // New returns fills into store. Close must be called before the store's.
-func New(cfg Config, store *cachestore.Store) *Fills {
+func New(cfg Config, store Store) *Fills {
 	cfg = cfg.withDefaults()
 	f := &Fills{
 		cfg:     cfg,

@@ -211,6 +211,9 @@ func (m *Mount) backing(ctx context.Context, n *node, r *fill.Reader) (int32, er
 	id, others := n.file.backing, n.file.opens > 1
 	m.table.mu.RUnlock()
 	if id != 0 {
+		if !others {
+			m.data.Load().Used(r.Object().ID())
+		}
 		return id, nil
 	}
 	if others { // opened without: what one of them has mapped is in the page cache, and the kernel mixes nothing

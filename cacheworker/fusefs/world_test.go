@@ -343,7 +343,7 @@ func (w *world) data(name string) string { return filepath.Join(w.path, "data", 
 
 func (w *world) startBroker() {
 	w.t.Helper()
-	b, err := broker.New(broker.Config{Name: w.dir, Socket: w.socket(), TierDir: w.tier(), ViewDir: w.view(), OwnsView: true,
+	b, err := broker.New(broker.Config{Name: w.dir, Socket: w.socket(), TierDirs: []string{w.tier()}, ViewDirs: []string{w.view()},
 		UnmountAtExit: true, Log: testLog(w.t)})
 	if err != nil {
 		w.t.Fatal(err)

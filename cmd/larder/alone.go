@@ -10,7 +10,7 @@ import (
 )
 
 // alone makes a worker's configuration that of a sidecar, if it is told of a socket. Its control
-// socket is in the tier, which nobody else has.
+// socket is in the first tier, which nobody else has.
 func alone(c *cacheworker.Config, socketDir string, parameters map[string]string) error {
 	if socketDir == "" {
 		if len(parameters) > 0 {
@@ -30,6 +30,6 @@ func alone(c *cacheworker.Config, socketDir string, parameters map[string]string
 		return err
 	}
 	c.Alone = &cacheworker.Alone{Volume: v, SocketDir: socketDir}
-	c.ControlSocket = filepath.Join(c.TierDir, controlSocket)
+	c.ControlSocket = filepath.Join(c.Tiers[0].Dir, controlSocket)
 	return nil
 }

@@ -50,7 +50,7 @@ func csiNodeCommand() *cobra.Command {
 		`Privileged: it mounts. When it is stopped the mounts stay with the worker, which gives them to the next one.`,
 		func(f *pflag.FlagSet) {
 			brokerFlags(f, &n.broker, &n.run)
-			f.StringVar(&n.broker.ViewDir, "view", "", "show the tier read-only at this `directory`, for the worker")
+			f.StringArrayVar(&n.broker.ViewDirs, "view", nil, "show each tier read-only at a `directory`, for the worker, in the order of --tier-dir")
 			f.StringVar(&n.mounts, "mount-dir", "", "`directory` of the mounts of inline volumes, which the kubelet has to see (default --run-dir)")
 			f.StringVar(&n.driver.Endpoint, "endpoint", "unix:///run/larder/csi.sock", "CSI `endpoint`")
 			f.StringVar(&n.driver.NodeID, "node-name", hostname(), "`name` of this node")
@@ -74,7 +74,7 @@ func (n *csiNode) serve(ctx context.Context) (err error) {
 	if err := n.validate(); err != nil {
 		return err
 	}
-	if err := giveDirs(n.run, n.broker.TierDir, int(n.broker.WorkerUID)); err != nil {
+	if err := n.giveDirs(); err != nil {
 		return err
 	}
 	n.broker.Lost = func(paths []string, why string) { n.lost(paths, why) }
@@ -316,15 +316,54 @@ func (p *nodeParts) leave(ctx context.Context) {
 	}
 }
 
-// giveDirs gives the worker what it owns: the tier, and a place for its sockets.
-func giveDirs(run, tierDir string, worker int) error {
-	for _, d := range []string{run, tierDir} {
-		if err := os.MkdirAll(d, 0o755); err != nil {
-			return err
+// giveDirs gives the worker what it owns, and does without tiers that cannot be given.
+func (n *csiNode) giveDirs() error {
+	b, views := &n.broker, n.broker.ViewDirs
+	if len(views) != 0 && len(views) != len(b.TierDirs) {
+		return fmt.Errorf("--view: %d views of %d tiers", len(views), len(b.TierDirs))
+	}
+	given, err := giveTiers(b.TierDirs, int(b.WorkerUID), n.log)
+	if err != nil {
+		return err
+	}
+	var dirs []string
+	b.ViewDirs = nil
+	for _, i := range given {
+		dirs = append(dirs, b.TierDirs[i])
+		if len(views) > 0 {
+			b.ViewDirs = append(b.ViewDirs, views[i])
 		}
 	}
-	if err := chownTree(tierDir, worker); err != nil {
-		return fmt.Errorf("tier %s: %w", tierDir, err)
+	b.TierDirs = dirs
+	return giveRunDir(n.run, int(b.WorkerUID))
+}
+
+// giveTiers gives the worker its tiers, and returns the numbers of those that it has then: one of several may be on a disk
+// that is broken.
+func giveTiers(dirs []string, worker int, log *slog.Logger) (given []int, err error) {
+	var errs []error
+	for i, d := range dirs {
+		err := os.MkdirAll(d, 0o755)
+		if err == nil {
+			err = chownTree(d, worker)
+		}
+		if err == nil {
+			given = append(given, i)
+			continue
+		}
+		errs = append(errs, fmt.Errorf("tier %s: %w", d, err))
+		log.Error("a tier cannot be used", "dir", d, "err", err)
+	}
+	if len(given) == 0 {
+		return nil, errors.Join(errs...)
+	}
+	return given, nil
+}
+
+// giveRunDir gives the worker a place for its sockets.
+func giveRunDir(run string, worker int) error {
+	if err := os.MkdirAll(run, 0o755); err != nil {
+		return err
 	}
 	// Sticky, so that the worker cannot put a socket in the broker's place.
 	return errors.Join(os.Chown(run, 0, worker), os.Chmod(run, os.ModeSticky|0o770))

@@ -82,7 +82,7 @@ func sale(host, key string, size int64) object.Object {
 // startWorker runs a real worker; that it has no broker keeps it from mounts only.
 func startWorker(t *testing.T, node, master, tier string) (stop func()) {
 	run := t.TempDir()
-	w, err := cacheworker.New(cacheworker.Config{Node: node, TierDir: tier, CapacityBytes: 1 << 30, Master: master, Listen: ":0",
+	w, err := cacheworker.New(cacheworker.Config{Node: node, Tiers: []cacheworker.Tier{{Dir: tier, CapacityBytes: 1 << 30}}, Master: master, Listen: ":0",
 		BrokerSocket: filepath.Join(run, "broker.sock"), ControlSocket: filepath.Join(run, "worker.sock"), Version: "test", Log: logger(t)})
 	if err != nil {
 		t.Fatal(err)

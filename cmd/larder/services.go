@@ -92,30 +92,30 @@ func featureFlags(f *pflag.FlagSet, c *cacheworker.Features) {
 
 func workerCommand() *cobra.Command {
 	var (
-		c           cacheworker.Config
-		l           listens
-		t           = tier{dir: "/var/cache/larder"}
-		run         string
-		minFree     size
-		memory      size
-		readOnlyDir string
-		tierWait    time.Duration
-		linger      time.Duration
-		socketDir   string
-		parameters  map[string]string
+		c          cacheworker.Config
+		l          listens
+		t          = tierFlag{tiers: []tier{{dir: "/var/cache/larder"}}}
+		run        string
+		minFree    size
+		memory     size
+		views      []string
+		tierWait   time.Duration
+		linger     time.Duration
+		socketDir  string
+		parameters map[string]string
 	)
 	cmd := service("worker", "Serve the node's cache",
 		`The cache worker of one node. It needs no privilege: the broker (larder csi node) makes the mounts
 and shares them. It may be stopped, killed and upgraded at any time; readers wait for the next one.`,
 		func(f *pflag.FlagSet) {
-			f.Var(&t, "tier", "cache directory and its capacity")
+			f.Var(&t, "tier", "cache directory, its capacity, and what it is (repeated; SSD unless it says)")
 			f.DurationVar(&linger, "linger", 0, "how long, when told to stop, to ask the broker whether Larder is being uninstalled: then volumes in use are waited for")
 			f.StringVar(&socketDir, "socket-dir", "", "be a pod's sidecar: serve the volume of --parameter by a socket in this `directory`, without a broker and without a mount")
 			f.StringToStringVar(&parameters, "parameter", nil, "parameter of that volume, as in a StorageClass (repeated): source=s3://bucket/prefix")
-			f.DurationVar(&tierWait, "tier-wait", 0, "how long to wait for the node plugin to give the tier to this user")
-			f.StringVar(&readOnlyDir, "view", "", "the tier's `directory` through a read-only mount; without it nothing is passed through")
-			f.Var(&minFree, "min-free", "bytes of the tier's file system that stay free")
-			f.Int64Var(&c.MinFreeInodes, "min-free-inodes", 0, "inodes of the tier's file system that stay free")
+			f.DurationVar(&tierWait, "tier-wait", 0, "how long to wait for the node plugin to give the tiers to this user")
+			f.StringArrayVar(&views, "view", nil, "each tier's `directory` through a read-only mount, in the order of --tier; without it nothing is passed through")
+			f.Var(&minFree, "min-free", "bytes of each tier's file system that stay free")
+			f.Int64Var(&c.MinFreeInodes, "min-free-inodes", 0, "inodes of each tier's file system that stay free")
 			f.Var(&memory, "memory", "bytes that this process may use (default nine tenths of its cgroup's limit)")
 			f.StringVar(&run, "run-dir", "/run/larder", "`directory` of the sockets that worker, broker and node service share")
 			f.StringVar(&c.Node, "node-name", hostname(), "`name` of this node")
@@ -133,8 +133,16 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 			featureFlags(f, &c.Features)
 		},
 		func(ctx context.Context, log *slog.Logger) error {
-			c.TierDir, c.ViewDir, c.CapacityBytes, c.MinFreeBytes = t.dir, readOnlyDir, t.bytes, minFree.bytes
-			c.MemoryBytes, c.Getenv = memory.bytes, os.Getenv
+			if n := len(views); n != 0 && n != len(t.tiers) {
+				return fmt.Errorf("--view: %d views of %d tiers", n, len(t.tiers))
+			}
+			for i, t := range t.tiers {
+				c.Tiers = append(c.Tiers, cacheworker.Tier{Dir: t.dir, Kind: t.kind, CapacityBytes: t.bytes})
+				if len(views) > 0 {
+					c.Tiers[i].ViewDir = views[i]
+				}
+			}
+			c.MinFreeBytes, c.MemoryBytes, c.Getenv = minFree.bytes, memory.bytes, os.Getenv
 			c.BrokerSocket, c.ControlSocket = filepath.Join(run, brokerSocket), filepath.Join(run, controlSocket)
 			c.Log, c.Version, c.MetricsListen, c.Profiles = log, version, l.metrics, l.profiles
 			if err := alone(&c, socketDir, parameters); err != nil {
@@ -144,7 +152,7 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 			if err != nil {
 				return err
 			}
-			if err := awaitTier(ctx, t.dir, tierWait, log); err != nil || ctx.Err() != nil {
+			if err := awaitTiers(ctx, t.tiers, tierWait, log); err != nil || ctx.Err() != nil {
 				return err
 			}
 			if linger == 0 {
@@ -161,7 +169,7 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 
 func brokerFlags(f *pflag.FlagSet, c *broker.Config, run *string) {
 	f.StringVar(run, "run-dir", "/run/larder", "`directory` of the sockets that worker, broker and node service share")
-	f.StringVar(&c.TierDir, "tier-dir", "/var/cache/larder", "the worker's cache `directory`: backing files lie in its file system")
+	f.StringArrayVar(&c.TierDirs, "tier-dir", []string{"/var/cache/larder"}, "a cache `directory` of the worker: backing files lie in its file system (repeated)")
 	f.Uint32Var(&c.WorkerUID, "worker-uid", 0, "user `id` of the worker")
 	f.StringVar(&c.Name, "mount-source", "", "`name` of the mounts in the mount table (default made from --run-dir)")
 	f.DurationVar(&c.TakeoverDeadline, "takeover-deadline", 10*time.Minute, "how long readers wait for a worker before their mount is given up")
@@ -173,7 +181,7 @@ func mountSource(dir string) string {
 }
 
 func newBroker(c broker.Config, run string, log *slog.Logger) (*broker.Broker, error) {
-	c.Socket, c.OwnsView, c.Log = filepath.Join(run, brokerSocket), c.ViewDir != "", log
+	c.Socket, c.Log = filepath.Join(run, brokerSocket), log
 	if c.Name == "" {
 		c.Name = mountSource(run)
 	}
@@ -198,7 +206,7 @@ func brokerCommand() *cobra.Command {
 	cmd := service("broker", "Hold the node's mounts (part of csi node; a child of up)", "",
 		func(f *pflag.FlagSet) {
 			brokerFlags(f, &c, &run)
-			f.StringVar(&c.ViewDir, "view", "", "where to show the tier read-only")
+			f.StringArrayVar(&c.ViewDirs, "view", nil, "where to show each tier read-only, in the order of --tier-dir")
 			l.flags(f, "")
 			f.BoolVar(&c.UnmountAtExit, "unmount-at-exit", false, "leave no mount")
 		},

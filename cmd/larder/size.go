@@ -1,56 +1,91 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"github.com/larderfs/larder/cacheworker/tiers"
 )
 
-// tier is a --tier: a directory and how many bytes of it the cache may use; 0 means nine tenths of its
-// file system.
+// tier is a --tier: a directory, how many bytes of it the cache may use (0 means nine tenths of its
+// file system), and what it is.
 type tier struct {
 	dir   string
 	bytes int64
-	err   error // of the text that was set: kept, so that all mistakes can be told at once
+	kind  tiers.Kind
+}
+
+func (t tier) String() string {
+	s := t.dir + ":" + strconv.FormatInt(t.bytes, 10)
+	if t.kind != tiers.SSD {
+		s += ":" + t.kind.String()
+	}
+	return s
+}
+
+// tierFlag is --tier, which can be repeated.
+type tierFlag struct {
+	tiers []tier
+	set   bool
+	errs  []error // of the texts that were set: kept, so that all mistakes can be told at once
 }
 
 // String, Set and Type make a pflag.Value.
-func (t *tier) String() string {
-	if t.dir == "" {
-		return ""
+func (f *tierFlag) String() string {
+	var all []string
+	for _, t := range f.tiers {
+		all = append(all, t.String())
 	}
-	return t.dir + ":" + strconv.FormatInt(t.bytes, 10)
+	return strings.Join(all, ",")
 }
 
-func (t *tier) Type() string { return "DIR:SIZE" }
+func (f *tierFlag) Type() string { return "DIR:SIZE[:MEM|SSD|HDD]" }
 
-func (t *tier) Set(s string) error {
-	t.err = t.parse(s)
+// Set adds a tier; the first one takes the default's place.
+func (f *tierFlag) Set(s string) error {
+	if !f.set {
+		f.set, f.tiers = true, nil
+	}
+	t, err := parseTier(s)
+	for _, other := range f.tiers {
+		if err == nil && other.dir == t.dir {
+			err = fmt.Errorf("%q: the directory is a tier already", s)
+		}
+	}
+	if err != nil {
+		f.errs = append(f.errs, err)
+		return nil
+	}
+	f.tiers = append(f.tiers, t)
 	return nil
 }
 
-func (t *tier) check() error { return t.err }
+func (f *tierFlag) check() error { return errors.Join(f.errs...) }
 
-func (t *tier) parse(s string) error {
+func parseTier(text string) (t tier, err error) {
+	t.kind = tiers.SSD
+	s := text
+	if i := strings.LastIndexByte(s, ':'); i >= 0 {
+		if kind, ok := tiers.ParseKind(s[i+1:]); ok {
+			s, t.kind = s[:i], kind
+		}
+	}
 	i := strings.LastIndexByte(s, ':')
-	if i < 0 {
-		return fmt.Errorf("%q: want DIR:SIZE, for example /var/cache/larder:10GiB", s)
+	switch {
+	case i < 0:
+		return t, fmt.Errorf("%q: want DIR:SIZE, for example /var/cache/larder:10GiB, and :MEM, :SSD or :HDD behind it if it is one of several", text)
+	case i == 0:
+		return t, fmt.Errorf("%q: the directory is missing", text)
 	}
-	dir, err := filepath.Abs(s[:i])
-	if err != nil {
-		return err
+	if t.dir, err = filepath.Abs(s[:i]); err != nil {
+		return t, err
 	}
-	n, err := parseSize(s[i+1:])
-	if err != nil {
-		return err
-	}
-	if i == 0 {
-		return fmt.Errorf("%q: the directory is missing", s)
-	}
-	t.dir, t.bytes = dir, n
-	return nil
+	t.bytes, err = parseSize(s[i+1:])
+	return t, err
 }
 
 var units = []struct {
@@ -82,7 +117,7 @@ func parseSize(s string) (int64, error) {
 // size is a flag of bytes.
 type size struct {
 	bytes int64
-	err   error // as in tier
+	err   error // as in tierFlag
 }
 
 func (z *size) String() string { return strconv.FormatInt(z.bytes, 10) }

@@ -8,6 +8,16 @@ import (
 	"time"
 )
 
+// awaitTiers waits for all.
+func awaitTiers(ctx context.Context, all []tier, patience time.Duration, log *slog.Logger) error {
+	for _, t := range all {
+		if err := awaitTier(ctx, t.dir, patience, log); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // awaitTier waits until a tier is this user's: a hostPath is made by the kubelet as root's, and the
 // node plugin of the same node, which may give it away, starts at the same time.
 func awaitTier(ctx context.Context, dir string, patience time.Duration, log *slog.Logger) error {

@@ -36,7 +36,7 @@ import (
 // as its children, which are restarted when they die.
 type up struct {
 	dir       string
-	tier      tier
+	tier      tierFlag
 	fileRoot  string
 	endpoints []string
 	nodeName  string
@@ -65,13 +65,13 @@ It needs root, Linux, and nothing else. SIGTERM stops in order and leaves no mou
 SIGHUP replaces the worker by one from the binary that is on disk now; readers do not notice.`,
 		func(f *pflag.FlagSet) {
 			f.StringVar(&u.dir, "dir", "/var/lib/larder", "`directory` of everything")
-			f.Var(&u.tier, "tier", "cache directory and its capacity (default DIR/cache:10GiB)")
-			f.Var(&u.minFree, "min-free", "bytes of the tier's file system that stay free")
+			f.Var(&u.tier, "tier", "cache directory, its capacity, and what it is (repeated; default DIR/cache:10GiB; SSD unless it says)")
+			f.Var(&u.minFree, "min-free", "bytes of each tier's file system that stay free")
 			f.Var(&u.memory, "memory", "bytes that the worker may use (default nine tenths of its cgroup's limit)")
 			f.StringVar(&u.nodeName, "node-name", hostname(), "`name` of this node")
 			f.StringVar(&u.listens.metrics, "metrics-listen", "", "`address` of this process's /metrics, beside DIR/run/*-metrics.sock")
 			f.StringVar(&u.listens.profiles, "pprof", "", "loopback `address` of this process's /debug/pprof/; worker and broker have theirs at DIR/run/*-pprof.sock then; empty for none")
-			f.Int64Var(&u.workerUID, "worker-uid", -1, "user `id` that the worker runs as, without capabilities; it owns the tier (default the owner of --file-root, else 65534)")
+			f.Int64Var(&u.workerUID, "worker-uid", -1, "user `id` that the worker runs as, without capabilities; it owns the tiers (default the owner of --file-root, else 65534)")
 			sourceFlags(f, &u.fileRoot, &u.endpoints)
 			f.DurationVar(&u.deadline, "takeover-deadline", 10*time.Minute, "how long readers wait for a worker before their mount is given up")
 			featureFlags(f, &u.features)
@@ -144,7 +144,24 @@ func stage(ctx context.Context, run func(context.Context) error) (ended <-chan e
 }
 
 func (u *up) runDir() string { return filepath.Join(u.dir, "run") }
-func (u *up) view() string   { return filepath.Join(u.runDir(), "view") }
+
+// views is where each tier is shown read-only.
+func (u *up) views() (dirs []string) {
+	for i := range u.tier.tiers {
+		dirs = append(dirs, filepath.Join(u.runDir(), "view"))
+		if i > 0 {
+			dirs[i] += strconv.Itoa(i)
+		}
+	}
+	return dirs
+}
+
+func (u *up) tierDirs() (dirs []string) {
+	for _, t := range u.tier.tiers {
+		dirs = append(dirs, t.dir)
+	}
+	return dirs
+}
 
 func (u *up) source() string { return mountSource(u.dir) }
 
@@ -159,8 +176,8 @@ func (u *up) prepare() error {
 	if err == nil {
 		u.dir = dir
 	}
-	if u.tier.dir == "" {
-		u.tier.dir, u.tier.bytes = filepath.Join(u.dir, "cache"), 10<<30
+	if len(u.tier.tiers) == 0 {
+		u.tier.tiers = []tier{{dir: filepath.Join(u.dir, "cache"), bytes: 10 << 30}}
 	}
 	if u.fileRoot != "" {
 		if st, err := os.Stat(u.fileRoot); err != nil || !st.IsDir() {
@@ -184,7 +201,7 @@ func (u *up) prepare() error {
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	for _, d := range []string{u.dir, u.runDir(), u.tier.dir} {
+	for _, d := range []string{u.dir, u.runDir()} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return err
 		}
@@ -192,7 +209,16 @@ func (u *up) prepare() error {
 	if u.dir, err = filepath.EvalSymlinks(u.dir); err != nil {
 		return err
 	}
-	return giveDirs(u.runDir(), u.tier.dir, int(u.workerUID))
+	given, err := giveTiers(u.tierDirs(), int(u.workerUID), u.log)
+	if err != nil {
+		return err
+	}
+	all := u.tier.tiers
+	u.tier.tiers = nil
+	for _, i := range given {
+		u.tier.tiers = append(u.tier.tiers, all[i])
+	}
+	return giveRunDir(u.runDir(), int(u.workerUID))
 }
 
 // chownTree gives the tier to the worker; it is walked only if it was another user's.
@@ -238,7 +264,12 @@ const lockWait = 10 * time.Second
 
 // clean removes every mount of this directory.
 func (u *up) clean() error {
-	return errors.Join(broker.RemoveDead(u.source()), broker.RemoveView(u.view()))
+	err := broker.RemoveDead(u.source())
+	views, gerr := filepath.Glob(filepath.Join(u.runDir(), "view*")) // also those of tiers that it has no more
+	for _, v := range views {
+		err = errors.Join(err, broker.RemoveView(v))
+	}
+	return errors.Join(err, gerr)
 }
 
 func (u *up) masterTarget() string { return "unix://" + filepath.Join(u.runDir(), masterSocket) }
@@ -285,13 +316,17 @@ func (u *up) runCSI(ctx context.Context) error {
 }
 
 func (u *up) runBroker(ctx context.Context) error {
-	args := []string{"broker"}
+	args := []string{"broker", "--run-dir", u.runDir(),
+		"--worker-uid", fmt.Sprint(u.workerUID), "--mount-source", u.source(), "--takeover-deadline", u.deadline.String(),
+		"--metrics-listen", u.metricsSocket("broker"), "--unmount-at-exit"}
 	if u.listens.profiles != "" {
 		args = append(args, "--pprof", "unix://"+filepath.Join(u.runDir(), "broker-pprof.sock"))
 	}
-	return u.keep(ctx, "broker", nil, nil, append(args, "--run-dir", u.runDir(), "--tier-dir", u.tier.dir, "--view", u.view(),
-		"--worker-uid", fmt.Sprint(u.workerUID), "--mount-source", u.source(), "--takeover-deadline", u.deadline.String(),
-		"--metrics-listen", u.metricsSocket("broker"), "--unmount-at-exit")...)
+	views := u.views()
+	for i, dir := range u.tierDirs() {
+		args = append(args, "--tier-dir", dir, "--view", views[i])
+	}
+	return u.keep(ctx, "broker", nil, nil, args...)
 }
 
 // runWorker passes directories by descriptor, so that a worker without rights needs none on
@@ -300,19 +335,24 @@ func (u *up) runWorker(ctx context.Context) error {
 	if err := u.awaitBroker(ctx); err != nil { // which makes the view
 		return err
 	}
-	dirs := []string{u.runDir(), u.tier.dir, u.view()}
-	if u.fileRoot != "" {
-		dirs = append(dirs, u.fileRoot)
-	}
+	var dirs []string
 	const first = 5 // behind the standard ones, the lifeline and the lock
-	at := func(i int) string { return fmt.Sprintf("/proc/self/fd/%d", first+i) }
-	args := []string{"worker", "--run-dir", at(0), "--tier", at(1) + ":" + strconv.FormatInt(u.tier.bytes, 10), "--view", at(2),
-		"--node-name", u.nodeName, "--master", "unix://" + at(0) + "/" + masterSocket, "--listen", "127.0.0.1:0", "--metrics-listen", "unix://" + at(0) + "/worker-metrics.sock"}
+	at := func(dir string) string {
+		dirs = append(dirs, dir)
+		return fmt.Sprintf("/proc/self/fd/%d", first+len(dirs)-1)
+	}
+	run, views := at(u.runDir()), u.views()
+	args := []string{"worker", "--run-dir", run,
+		"--node-name", u.nodeName, "--master", "unix://" + run + "/" + masterSocket, "--listen", "127.0.0.1:0", "--metrics-listen", "unix://" + run + "/worker-metrics.sock"}
+	for i, t := range u.tier.tiers {
+		t.dir = at(t.dir)
+		args = append(args, "--tier", t.String(), "--view", at(views[i]))
+	}
 	if u.fileRoot != "" {
-		args = append(args, "--file-root", u.fileRoot, "--file-root-path", at(3))
+		args = append(args, "--file-root", u.fileRoot, "--file-root-path", at(u.fileRoot))
 	}
 	if u.listens.profiles != "" {
-		args = append(args, "--pprof", "unix://"+at(0)+"/worker-pprof.sock")
+		args = append(args, "--pprof", "unix://"+run+"/worker-pprof.sock")
 	}
 	if u.memory.bytes > 0 {
 		args = append(args, "--memory", u.memory.String())

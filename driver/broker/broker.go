@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,18 +27,16 @@ import (
 
 // Config of a broker.
 type Config struct {
-	Name      string // of its mounts in the mount table, their "source"; "" means larder
-	Socket    string // path of its own socket
-	WorkerUID uint32 // only this user may be the worker
-	TierDir   string // the cache directory; its file system is where backing files may be
-	ViewDir   string // where TierDir is shown read-only; "" makes no view
-	ReadAhead int64  // bytes the kernel asks ahead in a mount; 0 means 256 KiB
+	Name      string   // of its mounts in the mount table, their "source"; "" means larder
+	Socket    string   // path of its own socket
+	WorkerUID uint32   // only this user may be the worker
+	TierDirs  []string // the cache directories; in their file systems backing files may be
+	ViewDirs  []string // where Run shows each of them read-only, unless it is; they stay (see RemoveView). None makes no views
+	ReadAhead int64    // bytes the kernel asks ahead in a mount; 0 means 256 KiB
 
 	// TakeoverDeadline is how long a mount waits for its next worker; 0 means 10 minutes.
 	TakeoverDeadline time.Duration
 
-	// OwnsView mounts the view at start, unless it is there; it stays (see RemoveView).
-	OwnsView bool
 	// UnmountAtExit removes every mount when Run returns; otherwise the worker keeps them.
 	UnmountAtExit bool
 
@@ -55,7 +54,8 @@ func (c Config) Validate() error {
 		text  string
 	}{
 		{c.Socket == "", "broker socket: a path is needed"},
-		{c.TierDir == "", "tier: a path is needed"},
+		{len(c.TierDirs) == 0 || slices.Contains(c.TierDirs, ""), "tier: a path is needed"},
+		{len(c.ViewDirs) != 0 && len(c.ViewDirs) != len(c.TierDirs), fmt.Sprintf("%d views of %d tiers", len(c.ViewDirs), len(c.TierDirs))},
 		{c.TakeoverDeadline < 0, fmt.Sprintf("take-over deadline %v is negative", c.TakeoverDeadline)},
 		{c.ReadAhead < 0, fmt.Sprintf("read-ahead %d is negative", c.ReadAhead)},
 	} {
@@ -69,7 +69,7 @@ func (c Config) Validate() error {
 // Broker makes the mounts of a node; package takeover keeps a worker behind them.
 type Broker struct {
 	cfg      Config
-	dev      uint64 // st_dev of the tier
+	devs     []uint64 // st_dev of each tier
 	held     *takeover.Mounts
 	mounting sync.Mutex // one mount or unmount at a time; held across both
 	leaving  atomic.Bool
@@ -106,13 +106,8 @@ func (b *Broker) Mounts() *takeover.Mounts { return b.held }
 
 // Run serves the socket until ctx ends.
 func (b *Broker) Run(ctx context.Context) error {
-	var st unix.Stat_t
-	if err := unix.Stat(b.cfg.TierDir, &st); err != nil {
-		return fmt.Errorf("tier %s: %w", b.cfg.TierDir, err)
-	}
-	b.dev = st.Dev
-	if b.cfg.OwnsView {
-		if err := makeView(b.cfg.TierDir, b.cfg.ViewDir); err != nil {
+	for i, dir := range b.cfg.TierDirs {
+		if err := b.addTier(i, dir); err != nil {
 			return err
 		}
 	}
@@ -126,6 +121,18 @@ func (b *Broker) Run(ctx context.Context) error {
 	}
 	b.held.Close()
 	return err
+}
+
+func (b *Broker) addTier(i int, dir string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		return fmt.Errorf("tier %s: %w", dir, err)
+	}
+	b.devs = append(b.devs, st.Dev)
+	if len(b.cfg.ViewDirs) == 0 {
+		return nil
+	}
+	return makeView(dir, b.cfg.ViewDirs[i])
 }
 
 // admit says who may be what.

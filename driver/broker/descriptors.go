@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -19,7 +20,7 @@ func (b *Broker) register(m *takeover.Mount, files []*os.File) (id int32, err er
 	if len(files) != 1 {
 		return 0, fmt.Errorf("register: one descriptor is needed, not %d: %w", len(files), object.ErrInvalid)
 	}
-	if err := checkBacking(files[0], b.dev, b.cfg.WorkerUID); err != nil {
+	if err := checkBacking(files[0], b.devs, b.cfg.WorkerUID); err != nil {
 		b.cfg.Log.Error("backing file refused", "volume", m.ID, "err", err)
 		return 0, err
 	}
@@ -34,7 +35,7 @@ func (b *Broker) register(m *takeover.Mount, files []*os.File) (id int32, err er
 
 // checkBacking is DESIGN §5.6: the kernel reopens a backing file with the reader's flags and
 // the broker's rights, so it must lie where even those cannot write.
-func checkBacking(f *os.File, tierDev uint64, workerUID uint32) error {
+func checkBacking(f *os.File, tiers []uint64, workerUID uint32) error {
 	var st unix.Stat_t
 	var fs unix.Statfs_t
 	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
@@ -49,7 +50,7 @@ func checkBacking(f *os.File, tierDev uint64, workerUID uint32) error {
 		{flags&unix.O_ACCMODE == unix.O_RDONLY && flags&unix.O_PATH == 0, "not opened read-only"},
 		{fs.Flags&unix.ST_RDONLY != 0, "not opened through a read-only mount"},
 		{st.Uid == workerUID, fmt.Sprintf("owned by uid %d, not by the worker (%d)", st.Uid, workerUID)},
-		{st.Dev == tierDev, "not on the tier's file system"},
+		{slices.Contains(tiers, st.Dev), "not on a tier's file system"},
 	} {
 		if !must.hold {
 			return fmt.Errorf("backing file: %s: %w", must.why, object.ErrDenied)

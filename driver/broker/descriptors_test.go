@@ -39,7 +39,7 @@ type started struct {
 	mount            *takeover.Mount
 }
 
-func start(t *testing.T) *started {
+func start(t *testing.T, more ...string) *started {
 	t.Helper()
 	dir := t.TempDir()
 	s := &started{tier: filepath.Join(dir, "tier"), view: filepath.Join(dir, "view"), file: "file"}
@@ -47,8 +47,13 @@ func start(t *testing.T) *started {
 		t.Fatal(err)
 	}
 	put(t, filepath.Join(s.tier, s.file), workerUID)
+	var views []string
+	for _, d := range more {
+		views = append(views, d+"-view")
+	}
+	views = append(views, s.view)
 	b, err := New(Config{Name: "larder-test-" + strconv.Itoa(os.Getpid()), Socket: filepath.Join(dir, "broker.sock"), WorkerUID: workerUID,
-		TierDir: s.tier, ViewDir: s.view, OwnsView: true, UnmountAtExit: true, Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
+		TierDirs: append(more, s.tier), ViewDirs: views, UnmountAtExit: true, Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,8 +63,13 @@ func start(t *testing.T) *started {
 	go func() { done <- b.Run(ctx) }()
 	t.Cleanup(func() {
 		cancel()
-		if err := errors.Join(<-done, RemoveView(s.view)); err != nil {
+		if err := <-done; err != nil {
 			t.Error(err)
+		}
+		for _, v := range views {
+			if err := RemoveView(v); err != nil {
+				t.Error(err)
+			}
 		}
 	})
 	client := brokerwire.NewClient(b.cfg.Socket)
@@ -145,6 +155,32 @@ func TestGoodDescriptorReachesTheKernel(t *testing.T) {
 	}
 }
 
+// What lies in another tier is as good, and what lies in none is refused, also if both are on a tmpfs.
+func TestEveryTiersDescriptorsReachTheKernel(t *testing.T) {
+	memory, other := filepath.Join(t.TempDir(), "memory"), t.TempDir()
+	for _, dir := range []string{memory, other} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mount("t", dir, "tmpfs", 0, "size=1m"); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+		put(t, filepath.Join(dir, "file"), workerUID)
+	}
+	s := start(t, memory)
+	for _, path := range []string{filepath.Join(s.view, s.file), filepath.Join(memory+"-view", "file")} {
+		if err := s.register("v", openFile(t, path, unix.O_RDONLY)); !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EOPNOTSUPP) {
+			t.Errorf("register %s: %v; want the kernel's refusal", path, err)
+		}
+	}
+	if err := unix.Mount("", other, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	s.refuses(t, "not on a tier's file system", openFile(t, filepath.Join(other, "file"), unix.O_RDONLY))
+	s.refuses(t, "not opened through a read-only mount", openFile(t, filepath.Join(memory, "file"), unix.O_RDONLY))
+}
+
 func TestWritableDescriptorIsRefused(t *testing.T) {
 	s := start(t)
 	s.refuses(t, "not opened read-only", openFile(t, filepath.Join(s.tier, s.file), unix.O_RDWR))
@@ -182,7 +218,7 @@ func TestDescriptorOnAnotherFileSystemIsRefused(t *testing.T) {
 	if err := unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, ""); err != nil {
 		t.Fatal(err)
 	}
-	s.refuses(t, "not on the tier's file system", openFile(t, filepath.Join(dir, "file"), unix.O_RDONLY))
+	s.refuses(t, "not on a tier's file system", openFile(t, filepath.Join(dir, "file"), unix.O_RDONLY))
 }
 
 func TestDirectoryIsRefused(t *testing.T) {

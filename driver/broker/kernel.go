@@ -210,7 +210,7 @@ func makeView(dir, view string) error {
 	return bindTree(dir, "", view, true, want.Dev)
 }
 
-// RemoveView undoes what a broker with Config.OwnsView did. A worker that uses it is about to end.
+// RemoveView undoes what a broker with Config.ViewDirs did. A worker that uses it is about to end.
 func RemoveView(view string) error {
 	_, err := detach(func(e mounttable.Entry) bool { return e.Path == view })
 	return err

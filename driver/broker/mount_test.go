@@ -260,7 +260,7 @@ func (n *node) name() string            { return "larder-test " + n.dir }
 // startBroker starts one that leaves its mounts to the worker when it is stopped.
 func (n *node) startBroker() {
 	n.t.Helper()
-	b, err := New(Config{Name: n.name(), Socket: n.path("broker.sock"), TierDir: n.path("tier"), ViewDir: n.path("view"), OwnsView: true, Log: n.log})
+	b, err := New(Config{Name: n.name(), Socket: n.path("broker.sock"), TierDirs: []string{n.path("tier")}, ViewDirs: []string{n.path("view")}, Log: n.log})
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -270,7 +270,7 @@ func (n *node) startBroker() {
 
 func (n *node) startWorker() {
 	n.t.Helper()
-	w, err := cacheworker.New(cacheworker.Config{Node: "n", TierDir: n.path("tier"), ViewDir: n.path("view"), BrokerSocket: n.path("broker.sock"),
+	w, err := cacheworker.New(cacheworker.Config{Node: "n", Tiers: []cacheworker.Tier{{Dir: n.path("tier"), ViewDir: n.path("view")}}, BrokerSocket: n.path("broker.sock"),
 		ControlSocket: n.path("worker.sock"), FileRoot: n.path("files"), Log: n.log})
 	if err != nil {
 		n.t.Fatal(err)

@@ -143,6 +143,7 @@ var layers = map[string]int{
 	"cacheworker/dataset":      5,
 	"cacheworker/fill":         4,
 	"cacheworker/metadata":     4,
+	"cacheworker/tiers":        4,
 	"cacheworker/cachestore":   3,
 	"cacheworker/source":       3,
 	"cacheworker/workerpb":     3,
