@@ -18,6 +18,7 @@ type Parameter struct {
 // meanings of parameters.
 var meanings = map[string]string{
 	keySource:    "`s3://bucket/prefix`, or `file:///path` below `--file-root`, which is not for inline volumes",
+	keyPath:      "instead of source: a path of the namespace; the volume shows what is mounted there",
 	keyEndpoint:  "S3 endpoint, `http[s]://host[:port]`; AWS without one. Inline: only one of `--inline-endpoint`",
 	keyRegion:    "of the bucket; `us-east-1` without one",
 	keyPathStyle: "`host/bucket/key` instead of `bucket.host/key`; `true` with an `endpoint`",

@@ -85,7 +85,7 @@ func parquetFile(size int, parts ...parquet.Part) []byte {
 // of 256 KiB, and 512 KiB beyond the end.
 func TestOnlyColumnsThatAreReadAreFetched(t *testing.T) {
 	const step = 256 << 10
-	parts := []parquet.Part{{4, mib / 2}, {mib / 2, 9*mib + 100}, {9*mib + 100, 20 * mib}, {20 * mib, 30*mib + mib/2}}
+	parts := []parquet.Part{{Start: 4, End: mib / 2}, {Start: mib / 2, End: 9*mib + 100}, {Start: 9*mib + 100, End: 20 * mib}, {Start: 20 * mib, End: 30*mib + mib/2}}
 	data := parquetFile(40*mib, parts...)
 	column := func(w *world, r *Reader, p parquet.Part) {
 		t.Helper()
