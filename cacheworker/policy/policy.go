@@ -7,7 +7,8 @@
 // (LRU and S3-FIFO keep nothing of it). What is not asked for during some rounds of the main queue counts as
 // never asked for, so that the data of yesterday's job make room. Where jobs go from one dataset to another so often
 // that this is too late, newcomers are let in without a question: a duel over a sample of the keys says
-// which of the two ways hits more bytes. The caller keeps the nodes
+// which of the two ways hits more bytes. Small pieces that are asked for before anything else (footers) have a queue and a share of
+// their own, which the others do not wash out. The caller keeps the nodes
 // (one per object, embedded in its own struct, so that a million of them cost no map here);
 // a node is in at most one queue, and [Cache.Bytes] is the sum over the nodes in queues.
 package policy
@@ -17,6 +18,7 @@ const (
 	maxFreq      = 15 // hits that are remembered
 	idleRounds   = 3  // of the main queue without a hit, after which a node has none left
 	ageTurns     = 20 // how often the capacity is evicted until all hits count half
+	tailPercent  = 2  // share of the capacity that tails have first claim to
 )
 
 // Node is one object of a [Cache]. The zero value with a Key is ready for [Cache.Insert].
@@ -54,6 +56,7 @@ type Cache[K comparable] struct {
 	small, main queue[K]
 	spare       queue[K] // who can be had elsewhere
 	kept        queue[K] // who is not to be evicted
+	tails       queue[K] // the one asked for longest ago is the oldest
 	ghosts      ghosts[K]
 	turned      int64  // bytes evicted since the hits were halved
 	age         uint32 // how often they were
@@ -94,8 +97,20 @@ func (c *Cache[K]) Restore(n *Node[K], bytes int64) {
 	c.main.push(n)
 }
 
+// InsertTail puts in a node that goes after all others, as long as tails are within their share. Beyond it they go
+// first, the one asked for longest ago before the others.
+func (c *Cache[K]) InsertTail(n *Node[K], bytes int64) {
+	n.bytes = bytes
+	c.tails.push(n)
+}
+
 // Hit says that the node was asked for again.
 func (c *Cache[K]) Hit(n *Node[K]) {
+	if n.queue == &c.tails {
+		c.tails.remove(n)
+		c.tails.push(n)
+		return
+	}
 	c.hit(n)
 	c.asked(n)
 }
@@ -180,9 +195,11 @@ func (c *Cache[K]) Remove(n *Node[K]) {
 }
 
 // Len and Bytes are over the nodes in queues.
-func (c *Cache[K]) Len() int { return c.small.len + c.main.len + c.spare.len + c.kept.len }
+func (c *Cache[K]) Len() int {
+	return c.small.len + c.main.len + c.spare.len + c.kept.len + c.tails.len
+}
 func (c *Cache[K]) Bytes() int64 {
-	return c.small.bytes + c.main.bytes + c.spare.bytes + c.kept.bytes
+	return c.small.bytes + c.main.bytes + c.spare.bytes + c.kept.bytes + c.tails.bytes
 }
 
 // Evict chooses one node, takes it out and returns it; nil if skip is true for all of them.
@@ -192,6 +209,28 @@ func (c *Cache[K]) Evict(skip func(*Node[K]) bool) *Node[K] {
 	if n := c.oldest(&c.spare, skip); n != nil {
 		return c.out(n)
 	}
+	if c.tails.bytes > c.capacity/100*tailPercent {
+		if n := c.drop(skip); n != nil {
+			return n
+		}
+	}
+	if n := c.choose(skip); n != nil {
+		return n
+	}
+	return c.drop(skip)
+}
+
+// drop is Evict for tails.
+func (c *Cache[K]) drop(skip func(*Node[K]) bool) *Node[K] {
+	n := c.oldest(&c.tails, skip)
+	if n != nil {
+		c.tails.remove(n)
+	}
+	return n
+}
+
+// choose is Evict for the others.
+func (c *Cache[K]) choose(skip func(*Node[K]) bool) *Node[K] {
 	newest := c.oldest(&c.small, skip)
 	for newest != nil && c.main.bytes+c.kept.bytes+newest.bytes <= c.capacity-c.capacity/100*smallPercent {
 		c.promote(newest)

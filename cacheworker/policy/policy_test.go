@@ -106,6 +106,14 @@ func (m *model) run(t *testing.T, out *bytes.Buffer, f []string) {
 			m.nodes[key] = n
 			m.c.Restore(n, number(t, f[len(f)-1]))
 		}
+	case "tail":
+		for _, key := range f[1 : len(f)-1] {
+			n := &Node[string]{Key: key}
+			m.nodes[key] = n
+			m.c.InsertTail(n, number(t, f[len(f)-1]))
+		}
+	case "tails":
+		fmt.Fprintf(out, "tails %s\n", show(&m.c.tails))
 	case "remove":
 		m.c.Remove(m.nodes[f[1]])
 		delete(m.nodes, f[1])
@@ -175,7 +183,7 @@ func (m *model) evict() (string, bool) {
 func (m *model) check(t *testing.T) {
 	t.Helper()
 	total := 0
-	for _, q := range []*queue[string]{&m.c.small, &m.c.main, &m.c.spare, &m.c.kept} {
+	for _, q := range []*queue[string]{&m.c.small, &m.c.main, &m.c.spare, &m.c.kept, &m.c.tails} {
 		var bytes int64
 		n := 0
 		each(q, func(node *Node[string]) {
