@@ -107,7 +107,7 @@ func indexMany(t testing.TB, objects int) (Config, object.Object) {
 			for i := n; i < min(n+1000, objects); i++ {
 				o := obj(fmt.Sprint(i), 100)
 				id, nonce := o.ID(), uint64(i)
-				err = errors.Join(err, batch.Set(objectKey(id, nonce), encodeObject(o), nil),
+				err = errors.Join(err, batch.Set(objectKey(id, nonce), encodeObject(o, false), nil),
 					batch.Set(chunkKey(id, nonce, 0), encodeChunk(1, s.epoch), nil), batch.Set(grantKey(id, nonce, principal(1)), now, nil))
 			}
 			return err

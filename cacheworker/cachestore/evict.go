@@ -156,8 +156,11 @@ func (s *Store) forget(e *entry) {
 	s.policy.Remove(&e.Node)
 	s.cached -= e.presentBytes()
 	s.verified -= e.verifiedBytes()
-	if e.complete() {
+	if e.whole() {
 		s.complete--
+	}
+	if e.tail {
+		s.tails--
 	}
 	if e.file != nil {
 		s.leased--

@@ -69,7 +69,12 @@ const (
 	reading       purpose = iota
 	readingCached         // and no file is to be made
 	receiving             // from another tier: nobody has asked for it
+	keepingTail
+	readingTail // and no file is to be made
 )
+
+func (p purpose) tail() bool   { return p == keepingTail || p == readingTail }
+func (p purpose) cached() bool { return p == readingCached || p == readingTail }
 
 var errAbsent = errors.New("not cached")
 
@@ -81,13 +86,16 @@ func (s *Store) openAs(obj object.Object, why purpose) (*File, error) {
 		s.rejected.Add(1)
 		return nil, fmt.Errorf("%w: %d bytes are more than half the tier", object.ErrNoSpace, obj.Size)
 	}
+	return s.open(obj.ID(), obj, why)
+}
+
+func (s *Store) open(id object.ID, obj object.Object, why purpose) (*File, error) {
 	if !s.load.begun.Load() {
 		s.rejected.Add(1)
 		return nil, fmt.Errorf("%w: %w", object.ErrNoSpace, errRefused)
 	}
-	id := obj.ID()
 	if !s.Peek(id).Exists {
-		if why == readingCached {
+		if why.cached() {
 			return nil, errAbsent
 		}
 		if err := s.reserve(0, 1); err != nil {
@@ -103,7 +111,7 @@ func (s *Store) openAs(obj object.Object, why purpose) (*File, error) {
 		return nil, fmt.Errorf("cache: %w", os.ErrClosed)
 	}
 	e, fresh := s.entries[id], false
-	if e == nil && why == readingCached {
+	if e == nil && why.cached() {
 		s.mu.Unlock()
 		return nil, errAbsent
 	}
@@ -114,10 +122,15 @@ func (s *Store) openAs(obj object.Object, why purpose) (*File, error) {
 	if e == nil {
 		e, fresh = newEntry(id, newNonce(), obj.Size), true
 		e.store = s.storeID(obj.Store)
-		e.puts = 0
+		e.puts, e.tail = 0, why.tail()
 		s.entries[id] = e
-		s.policy.Insert(&e.Node, 0)
-		if e.complete() { // an empty one is from the start
+		if e.tail {
+			s.tails++
+			s.policy.InsertTail(&e.Node, 0)
+		} else {
+			s.policy.Insert(&e.Node, 0)
+		}
+		if e.whole() { // an empty one is from the start
 			s.complete++
 		}
 	} else if why != receiving {
@@ -222,7 +235,7 @@ func (s *Store) recordEmpty(f *File) {
 	f.e.indexed = true
 	s.mu.Unlock()
 	s.index.writeLazily(func(b *pebble.Batch) error {
-		return b.Set(objectKey(f.e.Key, f.e.nonce), encodeObject(f.obj), nil)
+		return b.Set(objectKey(f.e.Key, f.e.nonce), encodeObject(f.obj, f.e.tail), nil)
 	})
 }
 
@@ -451,7 +464,7 @@ func (f *File) record(i int, sum uint64) error {
 	s.mu.Unlock()
 	return s.index.write(func(b *pebble.Batch) error {
 		if first {
-			if err := b.Set(objectKey(e.Key, e.nonce), encodeObject(f.obj), nil); err != nil {
+			if err := b.Set(objectKey(e.Key, e.nonce), encodeObject(f.obj, e.tail), nil); err != nil {
 				return err
 			}
 		}
@@ -478,7 +491,7 @@ func (s *Store) setVerified(e *entry, i int) {
 		return
 	}
 	s.verified += int64(e.chunkLen(i))
-	if e.complete() {
+	if e.whole() {
 		s.complete++
 	}
 }
@@ -494,7 +507,7 @@ func (s *Store) markVerified(e *entry, i int) {
 // dropChunk makes a chunk absent that the disk did not keep. Its bytes stay counted.
 func (s *Store) dropChunk(e *entry, i int, why error) {
 	s.mu.Lock()
-	wasComplete := e.complete()
+	wasComplete := e.whole()
 	present, verified := e.clear(i)
 	if !present {
 		s.mu.Unlock()

@@ -24,24 +24,48 @@ type revocation struct {
 }
 
 // Grant remembers that the under store answered p for obj at that time. Nothing is
-// remembered of an object without a cache file.
+// remembered of an object without a cache file or a tail.
 func (s *Store) Grant(obj object.Object, p object.Principal, at time.Time) {
 	if p == (object.Principal{}) {
 		return
 	}
 	id := obj.ID()
+	s.grant(id, p, at.UnixNano())
+	s.grant(tailID(id), p, at.UnixNano())
+}
+
+func (s *Store) grant(id object.ID, p object.Principal, at int64) {
 	s.ensure(id)
 	s.mu.Lock()
 	e := s.entries[id]
-	if e == nil || !s.setGrant(e, p, at.UnixNano()) {
+	if e == nil || !s.setGrant(e, p, at) {
 		s.mu.Unlock()
 		return
 	}
 	e.indexed = true
 	s.mu.Unlock()
 	key := grantKey(e.Key, e.nonce, p)
-	value := binary.BigEndian.AppendUint64(nil, uint64(at.UnixNano()))
+	value := binary.BigEndian.AppendUint64(nil, uint64(at))
 	s.index.writeLazily(func(b *pebble.Batch) error { return b.Set(key, value, nil) })
+}
+
+// shareGrants gives the grants of one entry to another.
+func (s *Store) shareGrants(from, to object.ID) {
+	at := map[object.Principal]int64{}
+	s.mu.Lock()
+	if e := s.entries[from]; e != nil {
+		for p, n := range s.principals {
+			for _, g := range e.grants {
+				if g.principal == n {
+					at[p] = g.at
+				}
+			}
+		}
+	}
+	s.mu.Unlock()
+	for p, t := range at {
+		s.grant(to, p, t)
+	}
 }
 
 // setGrant reports whether the grant is new, or so much newer that the index should know.
@@ -69,6 +93,10 @@ func (s *Store) setGrant(e *entry, p object.Principal, at int64) bool {
 
 // Granted reports whether p may be served cached bytes of the object.
 func (s *Store) Granted(id object.ID, p object.Principal) bool {
+	return s.granted(id, p) || s.granted(tailID(id), p)
+}
+
+func (s *Store) granted(id object.ID, p object.Principal) bool {
 	s.ensure(id)
 	s.mu.Lock()
 	defer s.mu.Unlock()

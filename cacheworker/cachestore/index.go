@@ -22,7 +22,7 @@ import (
 // record before those of its chunks and grants:
 //
 //	0 m <name>                              of the index itself
-//	1 <id 16> <nonce 8> 0                   the object: store, key, version, size, mtime
+//	1 <id 16> <nonce 8> 0                   the object: store, key, version, size, mtime, and 1 if only its tail
 //	1 <id 16> <nonce 8> 1 <chunk 4>         xxhash64 of a chunk, epoch in which it was known to be good
 //	1 <id 16> <nonce 8> 2 <principal 16>    unix seconds of a grant
 //	1 <id 16> <nonce 8> 3                   the object is pinned
@@ -80,22 +80,26 @@ func decodeChunk(v []byte) (sum uint64, epoch uint32, ok bool) {
 	return binary.BigEndian.Uint64(v), binary.BigEndian.Uint32(v[8:]), true
 }
 
-func encodeObject(o object.Object) []byte {
+func encodeObject(o object.Object, tail bool) []byte {
 	var b []byte
 	for _, s := range []string{string(o.Store), o.Key, o.Version} {
 		b = binary.AppendUvarint(b, uint64(len(s)))
 		b = append(b, s...)
 	}
 	b = binary.AppendUvarint(b, uint64(o.Size))
-	return binary.AppendVarint(b, o.ModTime.UnixNano())
+	b = binary.AppendVarint(b, o.ModTime.UnixNano())
+	if tail {
+		b = append(b, 1)
+	}
+	return b
 }
 
 // decodeObject returns the parts that are kept in memory, without allocating.
-func decodeObject(v []byte) (store []byte, sizeBytes int64, ok bool) {
+func decodeObject(v []byte) (store []byte, sizeBytes int64, tail, ok bool) {
 	for part := range 3 {
 		n, w := binary.Uvarint(v)
 		if w <= 0 || uint64(len(v)-w) < n {
-			return nil, 0, false
+			return nil, 0, false, false
 		}
 		if part == 0 {
 			store = v[w : w+int(n)]
@@ -104,9 +108,10 @@ func decodeObject(v []byte) (store []byte, sizeBytes int64, ok bool) {
 	}
 	size, w := binary.Uvarint(v)
 	if w <= 0 || int64(size) < 0 || int64(size) > maxObjectBytes {
-		return nil, 0, false
+		return nil, 0, false, false
 	}
-	return store, int64(size), true
+	_, mtime := binary.Varint(v[w:])
+	return store, int64(size), mtime > 0 && len(v) > w+mtime, true
 }
 
 // maxObjectBytes keeps chunk numbers in their 4 bytes.

@@ -165,9 +165,9 @@ func (s *Store) readFile(it *pebble.Iterator) (f cacheFile, err error) {
 		}
 		switch rest := k[filePrefixLen+1:]; k[filePrefixLen] {
 		case kindObject:
-			if store, size, ok := decodeObject(v); ok && len(rest) == 0 {
+			if store, size, tail, ok := decodeObject(v); ok && len(rest) == 0 {
 				f.e, f.store = newEntry(f.id, f.nonce, size), s.canonical(store)
-				f.e.indexed = true
+				f.e.indexed, f.e.tail = true, tail
 			}
 		case kindChunk:
 			s.readChunk(f.e, rest, v)

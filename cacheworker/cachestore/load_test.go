@@ -173,7 +173,7 @@ func TestAnIndexThatCannotBeReadToItsEndGoes(t *testing.T) {
 		var err error
 		for n := range 5000 {
 			o := obj(fmt.Sprint("more", n), chunk)
-			err = errors.Join(err, b.Set(objectKey(o.ID(), uint64(n)), encodeObject(o), nil))
+			err = errors.Join(err, b.Set(objectKey(o.ID(), uint64(n)), encodeObject(o, false), nil))
 		}
 		return err
 	})

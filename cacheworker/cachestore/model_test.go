@@ -68,6 +68,8 @@ func (m *model) step() {
 	switch k := m.r.IntN(100); {
 	case k < 15:
 		m.lease()
+	case k < 18:
+		m.tail()
 	case k < 45:
 		m.put()
 	case k < 75:
@@ -114,6 +116,24 @@ func (m *model) lease() {
 		}
 	}
 	m.leases = append(m.leases, l)
+}
+
+// tail keeps one or reads it.
+func (m *model) tail() {
+	n := m.r.IntN(len(m.objects))
+	o, b := m.objects[n], m.bytes[n]
+	last := b[len(b)-len(b)/3:]
+	if len(last) == 0 {
+		return
+	}
+	if err := m.s.KeepTail(o, last); err != nil && !errors.Is(err, object.ErrNoSpace) {
+		m.t.Errorf("keep a tail: %v", err)
+	}
+	p := make([]byte, 1+m.r.IntN(len(last)))
+	off := m.r.IntN(len(b) - len(p) + 1)
+	if m.s.ReadTail(o, p, int64(off)) && (!bytes.Equal(p, b[off:off+len(p)]) || off < len(b)-len(last)) {
+		m.t.Errorf("read of %d bytes at %d of the tail of %v: others, or not in it", len(p), off, o)
+	}
 }
 
 func (m *model) put() {

@@ -24,7 +24,7 @@ type Grant struct {
 	At        time.Time
 }
 
-// Victim is the file that would be evicted next; nil if none can be. While it is moved nobody else evicts it, and
+// Victim is the file that would be evicted next, but for tails; nil if none can be. While it is moved nobody else evicts it, and
 // it stays if somebody opens it.
 func (s *Store) Victim() *Move {
 	s.mu.Lock()
@@ -32,7 +32,7 @@ func (s *Store) Victim() *Move {
 		s.mu.Unlock()
 		return nil
 	}
-	n := s.policy.Evict(func(n *policy.Node[object.ID]) bool { return s.entries[n.Key].file != nil })
+	n := s.policy.Evict(func(n *policy.Node[object.ID]) bool { e := s.entries[n.Key]; return e.file != nil || e.tail })
 	if n == nil {
 		s.mu.Unlock()
 		return nil

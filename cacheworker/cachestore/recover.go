@@ -197,11 +197,16 @@ func (s *Store) restore(e *entry) {
 	if disk = int64(e.present.Load()) * object.ChunkSize; last >= 0 && e.isPresent(last) {
 		disk -= object.ChunkSize - onDisk(e.chunkLen(last))
 	}
-	s.policy.Restore(&e.Node, disk)
+	if e.tail {
+		s.tails++
+		s.policy.InsertTail(&e.Node, disk)
+	} else {
+		s.policy.Restore(&e.Node, disk)
+	}
 	s.live += disk
 	s.cached += e.presentBytes()
 	s.verified += e.verifiedBytes()
-	if e.complete() {
+	if e.whole() {
 		s.complete++
 	}
 }

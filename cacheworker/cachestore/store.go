@@ -96,7 +96,8 @@ type Store struct {
 	uses       int64                    // Opens and Puts
 	backlog    backlog
 	idle       chan struct{}        // closed when the next write-back ends; may be nil
-	complete   int                  // entries complete and verified
+	complete   int                  // entries complete and verified, but for tails
+	tails      int                  // entries that are
 	pins       int                  // entries that are pinned
 	pinned     int64                // bytes on disk of them
 	live       int64                // bytes on disk of entries, and reserved for Puts in flight
@@ -302,7 +303,7 @@ func (s *Store) Stats() Stats {
 	return Stats{
 		CapacityBytes: s.cfg.CapacityBytes, CachedBytes: s.cached, UnverifiedBytes: s.cached - s.verified, Reading: !s.load.over(),
 		DiskBytes: s.live + s.heldBytes, UnlinkedBytes: s.heldBytes,
-		Objects: len(s.entries), CompleteObjects: s.complete, LeasedObjects: s.leased, UnlinkedFiles: len(s.held),
+		Objects: len(s.entries) - s.tails, CompleteObjects: s.complete, LeasedObjects: s.leased, UnlinkedFiles: len(s.held),
 		PinnedObjects: s.pins, PinnedBytes: s.pinned,
 		Evictions: s.evictions.Load(), EvictedBytes: s.evictedBytes.Load(), Rejected: s.rejected.Load(),
 		BadChunks: s.badChunks.Load(), PutErrors: s.putErrors.Load(), ScrubbedBytes: s.scrubbed.Load(),
@@ -382,6 +383,7 @@ type entry struct {
 	queued                 bool            // in Store.backlog; under Store.mu
 	moving                 bool            // a Move wants to drop it; under Store.mu
 	pinned                 bool            // under Store.mu
+	tail                   bool            // of an object
 	busy                   int8            // write-backs that have it open; under Store.mu
 	evicted                atomic.Bool
 }
@@ -404,6 +406,9 @@ func (e *entry) isVerified(i int) bool {
 }
 
 func (e *entry) complete() bool { return int(e.verified.Load()) == e.chunks() }
+
+// whole reports whether the entry counts as a complete object.
+func (e *entry) whole() bool { return !e.tail && e.complete() }
 
 // setPresent and setVerified report whether the bit is new. Present is set first and taken
 // away last, so a verified chunk is always present.

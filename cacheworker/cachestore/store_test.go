@@ -116,12 +116,15 @@ func checkInvariants(t testing.TB, s *Store) {
 		return
 	}
 	var cached, verified, live, held int64
-	var complete, leased int
+	var complete, leased, tails int
 	for _, e := range s.entries {
+		if e.tail {
+			tails++
+		}
 		cached += e.presentBytes()
 		verified += e.verifiedBytes()
 		live += e.Bytes()
-		if e.complete() {
+		if e.whole() {
 			complete++
 		}
 		if e.file != nil {
@@ -134,6 +137,9 @@ func checkInvariants(t testing.TB, s *Store) {
 	if cached != s.cached || verified != s.verified || live != s.live || held != s.heldBytes || complete != s.complete || leased != s.leased {
 		t.Errorf("counted cached %d verified %d live %d held %d complete %d leased %d; are %d %d %d %d %d %d",
 			s.cached, s.verified, s.live, s.heldBytes, s.complete, s.leased, cached, verified, live, held, complete, leased)
+	}
+	if tails != s.tails {
+		t.Errorf("counted %d tails, are %d", s.tails, tails)
 	}
 	if s.policy.Bytes() != live || s.policy.Len() != len(s.entries) {
 		t.Errorf("policy has %d bytes of %d objects, store %d of %d", s.policy.Bytes(), s.policy.Len(), live, len(s.entries))

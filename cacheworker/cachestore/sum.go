@@ -74,7 +74,7 @@ func (s *Store) addTo(sum *Sum, id object.ID, nonce uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	e := s.entries[id]
-	if e == nil || e.nonce != nonce {
+	if e == nil || e.nonce != nonce || e.tail {
 		return
 	}
 	sum.Objects++
@@ -131,7 +131,7 @@ const manyChunks = 64
 
 // readObject is decodeObject with the key.
 func readObject(v []byte) (o objectRecord, ok bool) {
-	store, size, ok := decodeObject(v)
+	store, size, _, ok := decodeObject(v)
 	if !ok {
 		return o, false
 	}

@@ -112,7 +112,7 @@ func BenchmarkSumOfAMillionChunks(b *testing.B) {
 			for end := n + 500; n < end; n++ {
 				o := obj(fmt.Sprintf("warehouse/table/day=%d/part-%05d.parquet", n%365, n), chunks*chunk)
 				id := o.ID()
-				batch.Set(objectKey(id, 1), encodeObject(o), nil)
+				batch.Set(objectKey(id, 1), encodeObject(o, false), nil)
 				for i := range chunks {
 					batch.Set(chunkKey(id, 1, i), encodeChunk(uint64(n), 1), nil)
 				}
