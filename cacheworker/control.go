@@ -51,6 +51,7 @@ func (c control) Status(context.Context, *workerpb.StatusRequest) (*workerpb.Wor
 		ListRequests: uint64(r.Lists.Load()), HeadRequests: uint64(r.Heads.Load()), GetRequests: uint64(r.Gets.Load()),
 		Evictions: uint64(s.Evictions), EvictedBytes: uint64(s.EvictedBytes), ResentRequests: w.counters.Resent.Load(),
 		ReadingIndex: s.Reading, UnverifiedBytes: s.UnverifiedBytes, BadChunks: uint64(s.BadChunks), CacheErrors: uint64(s.PutErrors),
+		AheadBytes: f.AheadBytes, AheadReadBytes: f.ForeseenBytes, AheadWastedBytes: f.WastedBytes,
 	}
 	w.mounts.mu.Lock()
 	out.Takeovers = w.mounts.takeovers

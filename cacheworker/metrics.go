@@ -62,7 +62,9 @@ var Metrics = []telemetry.Metric{
 	{Name: "larder_fills_total", Help: "Fetches from under stores begun: chunks in a row, by one GET unless it breaks off."},
 	{Name: "larder_fills_canceled_total", Help: "Fetches given up because nobody waited for them any more."},
 	{Name: "larder_fill_joined_chunks_total", Help: "Chunks for which a reader waited that somebody else had asked for."},
-	{Name: "larder_fill_ahead_bytes_total", Help: "Bytes fetched before somebody asked for them, by read-ahead."},
+	{Name: "larder_fill_ahead_bytes_total", Help: "Bytes fetched before somebody asked for them: read ahead, or to complete an object."},
+	{Name: "larder_fill_ahead_read_bytes_total", Help: "Of those, bytes of chunks that somebody has read since, or whose file was given away, so that nobody can tell."},
+	{Name: "larder_fill_ahead_wasted_bytes_total", Help: "Of those, bytes of chunks that were evicted, or dropped from memory, before somebody read them."},
 	{Name: "larder_fill_completed_objects_total", Help: "Objects completed in the background."},
 	{Name: "larder_fill_in_flight_bytes", Help: "Memory of what is being fetched, and is not on the disk yet."},
 	{Name: "larder_fill_in_flight_limit_bytes", Help: "The most of it that there may be."},
@@ -182,7 +184,8 @@ func (w *Worker) collectFills(s telemetry.Scrape) {
 	for name, v := range map[string]uint64{
 		"larder_grants_denied_total": f.Denied, "larder_grant_requests_total": f.Heads,
 		"larder_fills_total": f.Gets, "larder_fills_canceled_total": f.Canceled, "larder_fill_joined_chunks_total": f.Joined,
-		"larder_fill_ahead_bytes_total": f.AheadBytes, "larder_fill_completed_objects_total": f.Completed,
+		"larder_fill_ahead_bytes_total": f.AheadBytes, "larder_fill_ahead_read_bytes_total": f.ForeseenBytes,
+		"larder_fill_ahead_wasted_bytes_total": f.WastedBytes, "larder_fill_completed_objects_total": f.Completed,
 	} {
 		s.Set(name, float64(v))
 	}

@@ -166,6 +166,7 @@ func (s *Store) forget(e *entry) {
 		s.leased--
 	}
 	s.unpinned(e)
+	s.wasted.Add(s.unmarkAll(e))
 	s.live -= e.Bytes()
 	s.hold(heldKey{e.Key, e.nonce}, e.Bytes())
 }

@@ -514,6 +514,7 @@ func (s *Store) dropChunk(e *entry, i int, why error) {
 		return
 	}
 	e.waste = append(e.waste, uint32(i))
+	s.wasted.Add(s.unmark(e, i))
 	if !e.evicted.Load() {
 		s.cached -= int64(e.chunkLen(i))
 		if verified {
@@ -577,7 +578,8 @@ func (s *Store) wellAgain() {
 
 // View is a fresh read-only descriptor of the whole file that can be given to anyone: it was opened
 // through a read-only mount, so that not even root can open it again for writing. The
-// caller closes it. object.ErrIncomplete unless Complete, or when evicted.
+// caller closes it. What is read of it nobody sees, so all of it counts as read. object.ErrIncomplete unless Complete, or
+// when evicted.
 func (f *File) View() (*os.File, error) {
 	s := f.s
 	if s.view.f == nil {
@@ -599,6 +601,7 @@ func (f *File) View() (*os.File, error) {
 	if err := f.checkView(v); err != nil {
 		return nil, errors.Join(fmt.Errorf("view %s: %w", s.cfg.ViewDir, err), v.Close())
 	}
+	s.foreseen.Add(s.unmarkAll(f.e))
 	return v, nil
 }
 

@@ -119,6 +119,7 @@ type counters struct {
 	evictions, evictedBytes        atomic.Int64
 	rejected, badChunks, putErrors atomic.Int64
 	scrubbed                       atomic.Int64
+	unread, foreseen, wasted       atomic.Int64
 }
 
 // Stats is a snapshot.
@@ -144,11 +145,15 @@ type Stats struct {
 	PutErrors    int64 // Puts that the file system or the index refused
 
 	ScrubbedBytes int64 // of chunks that were looked at in the background
+
+	UnreadBytes   int64 // now, of chunks that were put before anybody asked for them, and that nobody has read
+	ForeseenBytes int64 // of such chunks, read since
+	WastedBytes   int64 // evicted before anybody has
 }
 
 // Plus are the stats of two tiers together.
 func (s Stats) Plus(o Stats) Stats {
-	s.Reading = s.Reading || o.Reading
+	s.Reading, s.Healthy = s.Reading || o.Reading, s.Healthy && o.Healthy
 	for _, n := range []struct {
 		of   *int64
 		more int64
@@ -156,7 +161,8 @@ func (s Stats) Plus(o Stats) Stats {
 		{&s.CapacityBytes, o.CapacityBytes}, {&s.CachedBytes, o.CachedBytes}, {&s.UnverifiedBytes, o.UnverifiedBytes},
 		{&s.DiskBytes, o.DiskBytes}, {&s.UnlinkedBytes, o.UnlinkedBytes}, {&s.PinnedBytes, o.PinnedBytes},
 		{&s.Evictions, o.Evictions}, {&s.EvictedBytes, o.EvictedBytes}, {&s.Rejected, o.Rejected},
-		{&s.BadChunks, o.BadChunks}, {&s.PutErrors, o.PutErrors},
+		{&s.BadChunks, o.BadChunks}, {&s.PutErrors, o.PutErrors}, {&s.ScrubbedBytes, o.ScrubbedBytes},
+		{&s.UnreadBytes, o.UnreadBytes}, {&s.ForeseenBytes, o.ForeseenBytes}, {&s.WastedBytes, o.WastedBytes},
 	} {
 		*n.of += n.more
 	}
@@ -307,7 +313,8 @@ func (s *Store) Stats() Stats {
 		PinnedObjects: s.pins, PinnedBytes: s.pinned,
 		Evictions: s.evictions.Load(), EvictedBytes: s.evictedBytes.Load(), Rejected: s.rejected.Load(),
 		BadChunks: s.badChunks.Load(), PutErrors: s.putErrors.Load(), ScrubbedBytes: s.scrubbed.Load(),
-		Healthy: time.Since(s.troubleAt) > troubleOver && !s.index.isBroken() && !s.index.health.isSick(),
+		Healthy:     time.Since(s.troubleAt) > troubleOver && !s.index.isBroken() && !s.index.health.isSick(),
+		UnreadBytes: s.unread.Load(), ForeseenBytes: s.foreseen.Load(), WastedBytes: s.wasted.Load(),
 	}
 }
 
@@ -386,6 +393,7 @@ type entry struct {
 	tail                   bool            // of an object
 	busy                   int8            // write-backs that have it open; under Store.mu
 	evicted                atomic.Bool
+	unread                 atomic.Pointer[[]atomic.Uint64] // marks, as bits; made under Store.mu
 }
 
 func newEntry(id object.ID, nonce uint64, size int64) *entry {

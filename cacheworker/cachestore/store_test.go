@@ -117,7 +117,15 @@ func checkInvariants(t testing.TB, s *Store) {
 	}
 	var cached, verified, live, held int64
 	var complete, leased, tails int
+	var unread int64
 	for _, e := range s.entries {
+		if marks := e.unread.Load(); marks != nil {
+			for i := range e.chunks() {
+				if (*marks)[i/64].Load()>>(i%64)&1 == 1 {
+					unread += int64(e.chunkLen(i))
+				}
+			}
+		}
 		if e.tail {
 			tails++
 		}
@@ -138,8 +146,8 @@ func checkInvariants(t testing.TB, s *Store) {
 		t.Errorf("counted cached %d verified %d live %d held %d complete %d leased %d; are %d %d %d %d %d %d",
 			s.cached, s.verified, s.live, s.heldBytes, s.complete, s.leased, cached, verified, live, held, complete, leased)
 	}
-	if tails != s.tails {
-		t.Errorf("counted %d tails, are %d", s.tails, tails)
+	if tails != s.tails || unread != s.unread.Load() {
+		t.Errorf("counted %d tails and %d bytes unread, are %d and %d", s.tails, s.unread.Load(), tails, unread)
 	}
 	if s.policy.Bytes() != live || s.policy.Len() != len(s.entries) {
 		t.Errorf("policy has %d bytes of %d objects, store %d of %d", s.policy.Bytes(), s.policy.Len(), live, len(s.entries))

@@ -166,7 +166,7 @@ func (f *Fills) storeAgain(file *cachestore.File, c *chunk) error {
 	if !kept {
 		return object.ErrNoSpace
 	}
-	if err := file.Put(c.key.i, c.buf); err != nil {
+	if err := c.put(file); err != nil {
 		return err
 	}
 	f.mu.Lock()

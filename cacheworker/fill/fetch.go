@@ -8,6 +8,7 @@ import (
 	"io"
 	"math"
 	"runtime"
+	"sync/atomic"
 	"time"
 
 	"github.com/larderfs/larder/cacheworker/cachestore"
@@ -33,7 +34,8 @@ type chunk struct {
 	over bool   // all here, or err
 	left bool   // no longer in the map: stored, failed or forgotten
 
-	passed bool // somebody has read its last byte
+	passed bool        // somebody has read its last byte
+	asked  atomic.Bool // somebody has got bytes of it
 
 	wake chan struct{} // closed when n reaches need, or over, or left; nil if nobody waits
 	need int
@@ -169,7 +171,7 @@ func (f *Fills) get(ctx context.Context, ft *fetch) error {
 		}
 		f.count.fetched.Add(uint64(c.size))
 		ft.usage.Fetched.Add(uint64(c.size))
-		if ft.class == ahead {
+		if ft.class != foreground {
 			f.count.ahead.Add(uint64(c.size))
 		}
 		f.count.unwritten.Add(1)
@@ -279,7 +281,7 @@ func (f *Fills) write(ft *fetch) {
 		put := err
 		if put == nil {
 			f.writers <- struct{}{}
-			put = file.Put(c.key.i, c.buf)
+			put = c.put(file)
 			<-f.writers
 		}
 		f.written(c, put)
@@ -288,6 +290,29 @@ func (f *Fills) write(ft *fetch) {
 		if err := file.Close(); err != nil {
 			f.cfg.Log.Error("give up lease", "object", ft.obj, "err", err)
 		}
+	}
+}
+
+// put writes the chunk to the disk, marked if nobody has asked for it.
+func (c *chunk) put(file *cachestore.File) error {
+	if !c.unasked() {
+		return file.Put(c.key.i, c.buf)
+	}
+	file.MarkUnread(c.key.i)
+	err := file.Put(c.key.i, c.buf)
+	if err != nil || !c.unasked() {
+		file.Unmark(c.key.i)
+	}
+	return err
+}
+
+// unasked reports whether the chunk was fetched before anybody asked for it, and nobody has since.
+func (c *chunk) unasked() bool { return c.fetch.class != foreground && !c.asked.Load() }
+
+// got notes that a reader has bytes of the chunk.
+func (f *Fills) got(c *chunk) {
+	if !c.asked.Load() && !c.asked.Swap(true) && c.fetch.class != foreground {
+		f.count.foreseen.Add(uint64(c.size))
 	}
 }
 
@@ -336,6 +361,9 @@ func (f *Fills) stalest() *chunk {
 func (f *Fills) forget(c *chunk) {
 	f.recent.Remove(c.elem)
 	c.elem = nil
+	if c.unasked() {
+		f.count.wasted.Add(uint64(c.size))
+	}
 	f.held -= int64(c.size)
 	f.leave(c, nil)
 	f.unref(c)

@@ -78,6 +78,11 @@ type Store interface {
 	Grant(obj object.Object, p object.Principal, at time.Time)
 	Granted(object.ID, object.Principal) bool
 	Revoke(object.Principal, object.Store)
+
+	KeepTail(obj object.Object, last []byte) error
+	ReadTail(obj object.Object, p []byte, off int64) bool
+	TailBytes(object.ID) int64
+	Stats() cachestore.Stats
 }
 
 // Fills is what all readers share.
@@ -130,7 +135,9 @@ type lost struct {
 type Stats struct {
 	Gets           uint64 // requests
 	FetchedBytes   uint64 // from the under stores
-	AheadBytes     uint64 // of them, asked for by read-ahead
+	AheadBytes     uint64 // of them, fetched before anybody asked: read ahead, or to complete the object
+	ForeseenBytes  uint64 // of AheadBytes, in chunks that were read since, or in files that were given away
+	WastedBytes    uint64 // of AheadBytes, in chunks that were evicted or dropped before that
 	HitChunks      uint64 // that reads touched and the cache had
 	MissChunks     uint64 // that reads touched and had to wait for, or to get from memory
 	DiskBytes      uint64 // served from cache files
@@ -162,8 +169,8 @@ type Usage struct {
 }
 
 type counters struct {
-	hits, misses, gets, fetched, ahead, disk, memory, store, joined, heads, canceled, completed, denied atomic.Uint64
-	unwritten                                                                                           atomic.Int64
+	hits, misses, gets, fetched, ahead, foreseen, wasted, disk, memory, store, joined, heads, canceled, completed, denied atomic.Uint64
+	unwritten                                                                                                             atomic.Int64
 }
 
 // New returns fills into store. Close must be called before the store's.
@@ -218,10 +225,13 @@ func (f *Fills) Stats() Stats {
 	f.mu.Lock()
 	held, queue := f.held, len(f.queue)
 	f.mu.Unlock()
+	onDisk := f.store.Stats()
 	return Stats{
 		Gets:           f.count.gets.Load(),
 		FetchedBytes:   f.count.fetched.Load(),
 		AheadBytes:     f.count.ahead.Load(),
+		ForeseenBytes:  f.count.foreseen.Load() + uint64(onDisk.ForeseenBytes),
+		WastedBytes:    f.count.wasted.Load() + uint64(onDisk.WastedBytes),
 		HitChunks:      f.count.hits.Load(),
 		MissChunks:     f.count.misses.Load(),
 		DiskBytes:      f.count.disk.Load(),

@@ -1054,3 +1054,49 @@ func TestAChunkIsFetchedOnceEver(t *testing.T) {
 	}
 	w.close()
 }
+
+// TestWhatIsFetchedAheadIsCounted has each such byte end as read or as wasted, wherever it was.
+func TestWhatIsFetchedAheadIsCounted(t *testing.T) {
+	for _, c := range []struct {
+		name     string
+		capacity int64
+		do       func(w *world, r *Reader)
+	}{
+		{"Evicted", 1 << 30, func(w *world, r *Reader) {}},
+		{"NoRoom", 32 * mib, func(w *world, r *Reader) {}},
+		{"Completed", 1 << 30, func(w *world, r *Reader) {
+			if err := r.Complete(t.Context()); err != nil {
+				t.Error(err)
+			}
+			w.sequence(r, 10*mib, 3*mib)
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, openCache(t, c.capacity), Config{})
+				data := content(1, 24*mib)
+				obj := w.store.Put("a", data)
+				r := w.open(obj, "alice")
+				w.sequence(r, 0, 4*mib)
+				synctest.Wait()
+				c.do(w, r)
+				if err := r.Close(); err != nil {
+					t.Error(err)
+				}
+				synctest.Wait()
+				if s, unread := w.fills.Stats(), w.cache.Stats().UnreadBytes; c.capacity > 32*mib && int64(s.AheadBytes-s.ForeseenBytes) != unread || s.WastedBytes != 0 {
+					t.Errorf("%d bytes fetched ahead, %d of them read, %d wasted, %d unread in the cache", s.AheadBytes, s.ForeseenBytes, s.WastedBytes, unread)
+				}
+				w.cache.Evict(obj.ID())
+				w.close()
+				s := w.fills.Stats()
+				if s.ForeseenBytes == 0 || s.WastedBytes == 0 || s.ForeseenBytes+s.WastedBytes != s.AheadBytes {
+					t.Errorf("%d bytes fetched ahead, %d of them read, %d wasted", s.AheadBytes, s.ForeseenBytes, s.WastedBytes)
+				}
+				if unread := w.cache.Stats().UnreadBytes; unread != 0 {
+					t.Errorf("%d bytes that are gone wait to be read", unread)
+				}
+			})
+		})
+	}
+}

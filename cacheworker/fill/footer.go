@@ -2,6 +2,7 @@ package fill
 
 import (
 	"context"
+	"errors"
 
 	"github.com/larderfs/larder/cacheworker/fill/parquet"
 	"github.com/larderfs/larder/cacheworker/object"
@@ -15,6 +16,8 @@ const (
 	// beyond is how far behind a column's part somebody may read who does not want the next one: the kernel reads
 	// ahead twice what it is told to.
 	beyond = 1 * mib
+
+	guessed = 64 << 10 // bytes that readers ask for at a file's end who do not know the footer's length
 
 	maxInARow = 4 // columns, until it is believed that all are read
 
@@ -35,10 +38,30 @@ func (r *Reader) seeTail(ctx context.Context, end []byte) {
 	if length > min(r.obj.Size-parquet.Tail, r.f.cfg.MaxGetBytes) {
 		return
 	}
-	r.prefetchFooter(ctx, length)
-	if length <= maxFooter {
-		r.learn(ctx, length)
+	kept := r.f.store.TailBytes(r.id)
+	if kept < parquet.Tail+length {
+		r.prefetchFooter(ctx, length)
 	}
+	if length <= maxFooter {
+		r.learn(ctx, length, kept != 0 || r.obj.Chunks() == 1)
+	}
+}
+
+// tailFrom is where the object's tail begins that is kept for its footer: readers guess at a footer's length, and the
+// kernel reads whole pages. It is not in another chunk than the footer, which would have to be fetched.
+func (r *Reader) tailFrom(length int64) int64 {
+	footer := r.obj.Size - parquet.Tail - length
+	from := min(footer, r.obj.Size-guessed) &^ (pageSize - 1)
+	return max(from, int64(chunkAt(footer))*object.ChunkSize)
+}
+
+// readTail fills p with bytes that outlived the object's cache file.
+func (r *Reader) readTail(p []byte, off int64) bool {
+	if off < r.obj.Size-maxFooter-guessed || !r.f.store.ReadTail(r.obj, p, off) {
+		return false
+	}
+	r.countDisk(off, len(p))
+	return true
 }
 
 func (r *Reader) prefetchFooter(ctx context.Context, length int64) {
@@ -58,14 +81,15 @@ func (r *Reader) prefetchFooter(ctx context.Context, length int64) {
 	r.prefetch(ctx, l, max(from, last-int(r.f.cfg.MaxGetBytes/object.ChunkSize)), last)
 }
 
-// learn has the footer looked into beside the reader, until that is closed.
-func (r *Reader) learn(ctx context.Context, length int64) {
+// learn has the footer looked into beside the reader, until that is closed. kept says that its bytes are kept, or
+// need not be.
+func (r *Reader) learn(ctx context.Context, length int64, kept bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	f := r.f
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if _, known := f.layouts[r.id]; known || f.closed || r.closed.Load() {
+	if _, known := f.layouts[r.id]; known && kept || f.closed || r.closed.Load() {
 		return
 	}
 	ctx, r.unlearn = context.WithCancel(context.WithoutCancel(ctx))
@@ -79,24 +103,28 @@ func (r *Reader) learn(ctx context.Context, length int64) {
 		own := f.Open(r.obj, r.src)
 		defer own.Close()
 		own.tailSeen.Store(true)
-		if err := own.readFooter(ctx, length); err != nil {
+		if err := own.readFooter(ctx, length, kept); err != nil {
 			f.cfg.Log.Debug("look into a footer", "object", r.obj, "err", err)
 		}
 	})
 }
 
-func (r *Reader) readFooter(ctx context.Context, length int64) error {
-	footer := make([]byte, length)
-	from := r.obj.Size - parquet.Tail - length
-	if _, err := r.ReadAt(ctx, footer, from); err != nil {
+// readFooter remembers where the footer says that the columns are, and keeps its bytes.
+func (r *Reader) readFooter(ctx context.Context, length int64, kept bool) error {
+	from := r.tailFrom(length)
+	last := make([]byte, r.obj.Size-from)
+	if _, err := r.ReadAt(ctx, last, from); err != nil {
 		return err
 	}
-	parts, err := parquet.Parse(footer, from)
-	if err != nil {
-		return err
+	end := len(last) - parquet.Tail
+	parts, err := parquet.Parse(last[end-int(length):end], r.obj.Size-parquet.Tail-length)
+	if err == nil {
+		r.f.rememberLayout(r.id, parts)
 	}
-	r.f.rememberLayout(r.id, parts)
-	return nil
+	if !kept {
+		err = errors.Join(err, r.f.store.KeepTail(r.obj, last))
+	}
+	return err
 }
 
 // rememberLayout keeps a layout, in place of some others if there are too many.

@@ -160,3 +160,52 @@ func TestLayoutsAreBounded(t *testing.T) {
 		}
 	})
 }
+
+// TestAFooterOutlivesItsFile has a scan wash the file out: who opens it again makes no GET for its footer, and no HEAD
+// unless nobody with that credential has read it before.
+func TestAFooterOutlivesItsFile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, openCache(t, 32*mib), Config{})
+		defer w.close()
+		const size = 8*mib + 100<<10
+		data := parquetFile(size, parquet.Part{Start: mib, End: 3 * mib})
+		obj := w.store.Put("a", data)
+		footer := func(who string) {
+			t.Helper()
+			r := w.open(obj, who)
+			defer r.Close()
+			w.read(r, data, size-4096, 4096)
+			w.read(r, data, size-32<<10, 32<<10) // as who guesses at its length
+			synctest.Wait()
+		}
+		footer("alice")
+		w.want("[8+1]", 0)
+		if st := w.cache.Stats(); st.Objects != 1 || w.cache.TailBytes(obj.ID()) == 0 {
+			t.Fatalf("the footer is not kept: %+v", st)
+		}
+		for i := range uint64(10) {
+			other := content(i, 8*mib)
+			r := w.open(w.store.Put(fmt.Sprint("scan", i), other), "alice")
+			w.read(r, other, 0, len(other))
+			synctest.Wait()
+			if err := r.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if w.cache.Peek(obj.ID()).Exists {
+			t.Fatal("the scan is too short")
+		}
+		w.asked()
+		footer("alice")
+		w.want("[]", 0)
+		footer("bob")
+		w.want("[]", 1)
+		if w.cache.Peek(obj.ID()).Exists {
+			t.Error("reading the footer made a cache file")
+		}
+		r := w.open(obj, "alice")
+		defer r.Close()
+		w.read(r, data, mib, 4096)
+		w.want("[1+1]", 0)
+	})
+}

@@ -195,7 +195,7 @@ func (r *Reader) Span(off int64, n int) (fd int, release func(), ok bool) {
 		l.release()
 		return 0, nil, false
 	}
-	r.fromDisk(off, n)
+	r.fromDisk(l, off, n)
 	if !l.file.Complete() {
 		r.readAhead(context.Background(), off, n)
 	}
@@ -263,9 +263,11 @@ func (r *Reader) step(ctx context.Context, p []byte, off int64) error {
 		if has(l, first, last) {
 			n, err := l.file.ReadAt(p, off)
 			complete := l.file.Complete()
+			if n == len(p) {
+				r.fromDisk(l, off, n)
+			}
 			l.release()
 			if n == len(p) {
-				r.fromDisk(off, n)
 				if !complete {
 					r.readAhead(ctx, off, n)
 				}
@@ -278,6 +280,9 @@ func (r *Reader) step(ctx context.Context, p []byte, off int64) error {
 		} else {
 			l.release()
 		}
+	}
+	if r.readTail(p, off) {
+		return nil
 	}
 	var room [batch]*chunk
 	held, own, err := r.acquire(ctx, room[:0], first, last)
@@ -444,6 +449,7 @@ func (r *Reader) copyOnce(ctx context.Context, c *chunk, p []byte, i int, off in
 	if err == nil {
 		copy(p, c.buf[begin:])
 		r.fromFetch(len(p), waited)
+		r.f.got(c)
 	}
 	if err == nil && begin+len(p) == c.size {
 		r.f.pass(c)
@@ -462,12 +468,17 @@ func (r *Reader) copyDisk(p []byte, off int64) error {
 	if n < len(p) {
 		return err
 	}
-	r.fromDisk(off, n)
+	r.fromDisk(l, off, n)
 	return nil
 }
 
 // fromDisk counts a read that a cache file served.
-func (r *Reader) fromDisk(off int64, n int) {
+func (r *Reader) fromDisk(l *lease, off int64, n int) {
+	l.file.Touch(chunkAt(off), chunkAt(off+int64(n)-1))
+	r.countDisk(off, n)
+}
+
+func (r *Reader) countDisk(off int64, n int) {
 	chunks := uint64(chunkAt(off+int64(n)-1) - chunkAt(off) + 1)
 	r.f.count.disk.Add(uint64(n))
 	r.f.count.hits.Add(chunks)

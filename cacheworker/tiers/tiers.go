@@ -466,10 +466,34 @@ func (c *Cache) Tiers() []Status {
 
 // Stats are those of all tiers together: what is in two of them counts in both.
 func (c *Cache) Stats() (all cachestore.Stats) {
-	for _, t := range c.tiers {
+	all = c.tiers[0].Stats()
+	for _, t := range c.tiers[1:] {
 		all = all.Plus(t.Stats())
 	}
 	return all
+}
+
+// KeepTail keeps the object's last bytes in the fastest tier that can. Tails do not move.
+func (c *Cache) KeepTail(obj object.Object, last []byte) (err error) {
+	for _, t := range c.tiers {
+		if err = t.KeepTail(obj, last); err == nil {
+			return nil
+		}
+	}
+	return err
+}
+
+// ReadTail is [cachestore.Store.ReadTail] of the tier that has it.
+func (c *Cache) ReadTail(obj object.Object, p []byte, off int64) bool {
+	return slices.ContainsFunc(c.tiers, func(t *tier) bool { return t.ReadTail(obj, p, off) })
+}
+
+// TailBytes is how long the object's tail is; 0 if it has none.
+func (c *Cache) TailBytes(id object.ID) (n int64) {
+	for _, t := range c.tiers {
+		n = max(n, t.TailBytes(id))
+	}
+	return n
 }
 
 // HandOver is [cachestore.Store.HandOver] of all tiers.

@@ -150,36 +150,39 @@ func (*StatusRequest) Descriptor() ([]byte, []int) {
 
 // All counters count since the process started; the gauges say so in their comment.
 type WorkerStatus struct {
-	state           protoimpl.MessageState `protogen:"open.v1"`
-	Uuid            string                 `protobuf:"bytes,1,opt,name=uuid,proto3" json:"uuid,omitempty"` // kept in the cache directory
-	Version         string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
-	Pid             int64                  `protobuf:"varint,3,opt,name=pid,proto3" json:"pid,omitempty"`
-	Started         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=started,proto3" json:"started,omitempty"`
-	CachedBytes     int64                  `protobuf:"varint,5,opt,name=cached_bytes,json=cachedBytes,proto3" json:"cached_bytes,omitempty"`       // now: present chunks of live cache files
-	UnlinkedBytes   int64                  `protobuf:"varint,6,opt,name=unlinked_bytes,json=unlinkedBytes,proto3" json:"unlinked_bytes,omitempty"` // now: unlinked, still held by somebody
-	CapacityBytes   int64                  `protobuf:"varint,7,opt,name=capacity_bytes,json=capacityBytes,proto3" json:"capacity_bytes,omitempty"` // now: all tiers
-	Objects         int64                  `protobuf:"varint,8,opt,name=objects,proto3" json:"objects,omitempty"`                                  // now: objects with at least one chunk
-	CompleteObjects int64                  `protobuf:"varint,9,opt,name=complete_objects,json=completeObjects,proto3" json:"complete_objects,omitempty"`
-	ReadRequests    uint64                 `protobuf:"varint,10,opt,name=read_requests,json=readRequests,proto3" json:"read_requests,omitempty"` // FUSE READs that reached the worker
-	ReadBytes       uint64                 `protobuf:"varint,11,opt,name=read_bytes,json=readBytes,proto3" json:"read_bytes,omitempty"`          // bytes of their answers
-	HitChunks       uint64                 `protobuf:"varint,12,opt,name=hit_chunks,json=hitChunks,proto3" json:"hit_chunks,omitempty"`          // chunks that a reader found present
-	MissChunks      uint64                 `protobuf:"varint,13,opt,name=miss_chunks,json=missChunks,proto3" json:"miss_chunks,omitempty"`       // chunks that a reader had to wait for
-	FetchedBytes    uint64                 `protobuf:"varint,14,opt,name=fetched_bytes,json=fetchedBytes,proto3" json:"fetched_bytes,omitempty"` // from under stores
-	ListRequests    uint64                 `protobuf:"varint,15,opt,name=list_requests,json=listRequests,proto3" json:"list_requests,omitempty"` // to under stores
-	HeadRequests    uint64                 `protobuf:"varint,16,opt,name=head_requests,json=headRequests,proto3" json:"head_requests,omitempty"`
-	GetRequests     uint64                 `protobuf:"varint,17,opt,name=get_requests,json=getRequests,proto3" json:"get_requests,omitempty"`
-	Evictions       uint64                 `protobuf:"varint,18,opt,name=evictions,proto3" json:"evictions,omitempty"` // objects
-	EvictedBytes    uint64                 `protobuf:"varint,19,opt,name=evicted_bytes,json=evictedBytes,proto3" json:"evicted_bytes,omitempty"`
-	Takeovers       uint64                 `protobuf:"varint,20,opt,name=takeovers,proto3" json:"takeovers,omitempty"` // mounts taken over from an earlier worker
-	Volumes         []*VolumeStatus        `protobuf:"bytes,21,rep,name=volumes,proto3" json:"volumes,omitempty"`
-	Features        []*Feature             `protobuf:"bytes,22,rep,name=features,proto3" json:"features,omitempty"`
-	ResentRequests  uint64                 `protobuf:"varint,23,opt,name=resent_requests,json=resentRequests,proto3" json:"resent_requests,omitempty"`    // that an earlier worker had left, and this one has answered
-	ReadingIndex    bool                   `protobuf:"varint,24,opt,name=reading_index,json=readingIndex,proto3" json:"reading_index,omitempty"`          // now: what is cached is not known to its end yet
-	UnverifiedBytes int64                  `protobuf:"varint,25,opt,name=unverified_bytes,json=unverifiedBytes,proto3" json:"unverified_bytes,omitempty"` // now: of cached_bytes, from before the machine started: checked before their first use
-	BadChunks       uint64                 `protobuf:"varint,26,opt,name=bad_chunks,json=badChunks,proto3" json:"bad_chunks,omitempty"`                   // that were not what their sum says, or could not be read
-	CacheErrors     uint64                 `protobuf:"varint,27,opt,name=cache_errors,json=cacheErrors,proto3" json:"cache_errors,omitempty"`             // writes that the cache's file system or its index refused
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Uuid             string                 `protobuf:"bytes,1,opt,name=uuid,proto3" json:"uuid,omitempty"` // kept in the cache directory
+	Version          string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	Pid              int64                  `protobuf:"varint,3,opt,name=pid,proto3" json:"pid,omitempty"`
+	Started          *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=started,proto3" json:"started,omitempty"`
+	CachedBytes      int64                  `protobuf:"varint,5,opt,name=cached_bytes,json=cachedBytes,proto3" json:"cached_bytes,omitempty"`       // now: present chunks of live cache files
+	UnlinkedBytes    int64                  `protobuf:"varint,6,opt,name=unlinked_bytes,json=unlinkedBytes,proto3" json:"unlinked_bytes,omitempty"` // now: unlinked, still held by somebody
+	CapacityBytes    int64                  `protobuf:"varint,7,opt,name=capacity_bytes,json=capacityBytes,proto3" json:"capacity_bytes,omitempty"` // now: all tiers
+	Objects          int64                  `protobuf:"varint,8,opt,name=objects,proto3" json:"objects,omitempty"`                                  // now: objects with at least one chunk
+	CompleteObjects  int64                  `protobuf:"varint,9,opt,name=complete_objects,json=completeObjects,proto3" json:"complete_objects,omitempty"`
+	ReadRequests     uint64                 `protobuf:"varint,10,opt,name=read_requests,json=readRequests,proto3" json:"read_requests,omitempty"` // FUSE READs that reached the worker
+	ReadBytes        uint64                 `protobuf:"varint,11,opt,name=read_bytes,json=readBytes,proto3" json:"read_bytes,omitempty"`          // bytes of their answers
+	HitChunks        uint64                 `protobuf:"varint,12,opt,name=hit_chunks,json=hitChunks,proto3" json:"hit_chunks,omitempty"`          // chunks that a reader found present
+	MissChunks       uint64                 `protobuf:"varint,13,opt,name=miss_chunks,json=missChunks,proto3" json:"miss_chunks,omitempty"`       // chunks that a reader had to wait for
+	FetchedBytes     uint64                 `protobuf:"varint,14,opt,name=fetched_bytes,json=fetchedBytes,proto3" json:"fetched_bytes,omitempty"` // from under stores
+	ListRequests     uint64                 `protobuf:"varint,15,opt,name=list_requests,json=listRequests,proto3" json:"list_requests,omitempty"` // to under stores
+	HeadRequests     uint64                 `protobuf:"varint,16,opt,name=head_requests,json=headRequests,proto3" json:"head_requests,omitempty"`
+	GetRequests      uint64                 `protobuf:"varint,17,opt,name=get_requests,json=getRequests,proto3" json:"get_requests,omitempty"`
+	Evictions        uint64                 `protobuf:"varint,18,opt,name=evictions,proto3" json:"evictions,omitempty"` // objects
+	EvictedBytes     uint64                 `protobuf:"varint,19,opt,name=evicted_bytes,json=evictedBytes,proto3" json:"evicted_bytes,omitempty"`
+	Takeovers        uint64                 `protobuf:"varint,20,opt,name=takeovers,proto3" json:"takeovers,omitempty"` // mounts taken over from an earlier worker
+	Volumes          []*VolumeStatus        `protobuf:"bytes,21,rep,name=volumes,proto3" json:"volumes,omitempty"`
+	Features         []*Feature             `protobuf:"bytes,22,rep,name=features,proto3" json:"features,omitempty"`
+	ResentRequests   uint64                 `protobuf:"varint,23,opt,name=resent_requests,json=resentRequests,proto3" json:"resent_requests,omitempty"`         // that an earlier worker had left, and this one has answered
+	ReadingIndex     bool                   `protobuf:"varint,24,opt,name=reading_index,json=readingIndex,proto3" json:"reading_index,omitempty"`               // now: what is cached is not known to its end yet
+	UnverifiedBytes  int64                  `protobuf:"varint,25,opt,name=unverified_bytes,json=unverifiedBytes,proto3" json:"unverified_bytes,omitempty"`      // now: of cached_bytes, from before the machine started: checked before their first use
+	BadChunks        uint64                 `protobuf:"varint,26,opt,name=bad_chunks,json=badChunks,proto3" json:"bad_chunks,omitempty"`                        // that were not what their sum says, or could not be read
+	CacheErrors      uint64                 `protobuf:"varint,27,opt,name=cache_errors,json=cacheErrors,proto3" json:"cache_errors,omitempty"`                  // writes that the cache's file system or its index refused
+	AheadBytes       uint64                 `protobuf:"varint,28,opt,name=ahead_bytes,json=aheadBytes,proto3" json:"ahead_bytes,omitempty"`                     // of fetched_bytes, before anybody asked for them
+	AheadReadBytes   uint64                 `protobuf:"varint,29,opt,name=ahead_read_bytes,json=aheadReadBytes,proto3" json:"ahead_read_bytes,omitempty"`       // of ahead_bytes, in chunks that were read since, or whose file was given away
+	AheadWastedBytes uint64                 `protobuf:"varint,30,opt,name=ahead_wasted_bytes,json=aheadWastedBytes,proto3" json:"ahead_wasted_bytes,omitempty"` // of ahead_bytes, in chunks that were evicted or dropped before that
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *WorkerStatus) Reset() {
@@ -397,6 +400,27 @@ func (x *WorkerStatus) GetBadChunks() uint64 {
 func (x *WorkerStatus) GetCacheErrors() uint64 {
 	if x != nil {
 		return x.CacheErrors
+	}
+	return 0
+}
+
+func (x *WorkerStatus) GetAheadBytes() uint64 {
+	if x != nil {
+		return x.AheadBytes
+	}
+	return 0
+}
+
+func (x *WorkerStatus) GetAheadReadBytes() uint64 {
+	if x != nil {
+		return x.AheadReadBytes
+	}
+	return 0
+}
+
+func (x *WorkerStatus) GetAheadWastedBytes() uint64 {
+	if x != nil {
+		return x.AheadWastedBytes
 	}
 	return 0
 }
@@ -944,7 +968,7 @@ const file_cacheworker_workerpb_worker_proto_rawDesc = "" +
 	"\binstance\x18\x01 \x01(\tR\binstance\"+\n" +
 	"\rHandOverReply\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\"\x0f\n" +
-	"\rStatusRequest\"\xdd\a\n" +
+	"\rStatusRequest\"\xd6\b\n" +
 	"\fWorkerStatus\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x10\n" +
@@ -977,7 +1001,11 @@ const file_cacheworker_workerpb_worker_proto_rawDesc = "" +
 	"\x10unverified_bytes\x18\x19 \x01(\x03R\x0funverifiedBytes\x12\x1d\n" +
 	"\n" +
 	"bad_chunks\x18\x1a \x01(\x04R\tbadChunks\x12!\n" +
-	"\fcache_errors\x18\x1b \x01(\x04R\vcacheErrors\",\n" +
+	"\fcache_errors\x18\x1b \x01(\x04R\vcacheErrors\x12\x1f\n" +
+	"\vahead_bytes\x18\x1c \x01(\x04R\n" +
+	"aheadBytes\x12(\n" +
+	"\x10ahead_read_bytes\x18\x1d \x01(\x04R\x0eaheadReadBytes\x12,\n" +
+	"\x12ahead_wasted_bytes\x18\x1e \x01(\x04R\x10aheadWastedBytes\",\n" +
 	"\rVolumeRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\"\xb1\x02\n" +
 	"\fVolumeStatus\x12\x1b\n" +

@@ -30,6 +30,9 @@ type nodeStatus struct {
 	ReadRequests  uint64 `json:"readRequests"` // FUSE READs that reached the worker
 	ReadBytes     uint64 `json:"readBytes"`
 	FetchedBytes  uint64 `json:"fetchedBytes"`
+	AheadBytes    uint64 `json:"aheadBytes"`       // of them, before anybody asked
+	AheadRead     uint64 `json:"aheadReadBytes"`   // of those, read since
+	AheadWasted   uint64 `json:"aheadWastedBytes"` // of those, evicted or dropped before that
 	ListRequests  uint64 `json:"listRequests"`
 	HeadRequests  uint64 `json:"headRequests"`
 	GetRequests   uint64 `json:"getRequests"`
@@ -125,6 +128,7 @@ func newStatus(w *workerpb.WorkerStatus, brokerPID int, mounts []brokerwire.Moun
 		s.CachedBytes, s.UnlinkedBytes, s.CapacityBytes = w.GetCachedBytes(), w.GetUnlinkedBytes(), w.GetCapacityBytes()
 		s.Objects, s.Complete = w.GetObjects(), w.GetCompleteObjects()
 		s.ReadRequests, s.ReadBytes, s.FetchedBytes = w.GetReadRequests(), w.GetReadBytes(), w.GetFetchedBytes()
+		s.AheadBytes, s.AheadRead, s.AheadWasted = w.GetAheadBytes(), w.GetAheadReadBytes(), w.GetAheadWastedBytes()
 		s.ListRequests, s.HeadRequests, s.GetRequests = w.GetListRequests(), w.GetHeadRequests(), w.GetGetRequests()
 		s.EvictedBytes = w.GetEvictedBytes()
 		s.ReadingIndex, s.UnverifiedBytes = w.GetReadingIndex(), w.GetUnverifiedBytes()
@@ -206,6 +210,8 @@ func (s nodeStatus) printCache(out io.Writer) {
 		fmt.Fprintf(out, "disk     %d bad chunks, fetched again; %d writes refused\n", s.BadChunks, s.CacheErrors)
 	}
 	fmt.Fprintf(out, "reads    %d reached the worker, %s fetched from under stores\n", s.ReadRequests, bytes(int64(s.FetchedBytes)))
+	fmt.Fprintf(out, "ahead    %s of that before anybody asked, %s of it read since, %s evicted unread\n",
+		bytes(int64(s.AheadBytes)), bytes(int64(s.AheadRead)), bytes(int64(s.AheadWasted)))
 	fmt.Fprintf(out, "resent   %d requests that an earlier worker had left\n", s.Resent)
 }
 
