@@ -173,7 +173,7 @@ func (s *scan) split() *lane {
 	}
 	for i, l := range s.lanes {
 		at, ok := s.cut(l, i == len(s.lanes)-1)
-		if !ok {
+		if !ok || s.isKnown(above(at)) { // that the folder ends before it, perhaps
 			continue
 		}
 		s.guesses++
@@ -183,6 +183,11 @@ func (s *scan) split() *lane {
 		return behind
 	}
 	return nil
+}
+
+func (s *scan) isKnown(key string) bool {
+	f := s.v.t.folders[s.dir]
+	return f != nil && s.ask.accepts(f.covering(key))
 }
 
 // cut is where a lane may be split; the last one may always be, others if they are long.

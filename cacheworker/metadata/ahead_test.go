@@ -182,6 +182,19 @@ func TestALargeFolderIsListedFromSeveralPlacesAtOnce(t *testing.T) {
 	}
 }
 
+// Where a folder ends can only be guessed, until a guess has shown it.
+func TestNothingIsAskedForBehindTheKnownEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const pages, page = 100, 100
+		w, v := newWide(map[string]names{"d/": {pages * page, func(i int) string { return fmt.Sprintf("part-%06d", i) }}})
+		w.page = page
+		read(t, v, "d/", time.Hour)
+		if lists, _, _ := w.reset(); lists > pages+3 {
+			t.Errorf("%d LISTs for %d pages", lists, pages)
+		}
+	})
+}
+
 // tree is a folder with folders of files.
 func tree(folders, files int) map[string]names {
 	root := []string{}
