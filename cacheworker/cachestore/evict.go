@@ -171,6 +171,18 @@ func (s *Store) forget(e *entry) {
 	s.hold(heldKey{e.Key, e.nonce}, e.Bytes())
 }
 
+// Unlinked reports whether somebody holds a file of the object that was evicted.
+func (s *Store) Unlinked(id object.ID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for k := range s.held {
+		if k.id == id {
+			return true
+		}
+	}
+	return false
+}
+
 // hold counts bytes of an evicted file. Requires s.mu.
 func (s *Store) hold(k heldKey, bytes int64) {
 	s.held[k] += bytes

@@ -50,6 +50,7 @@ type Store interface {
 	Peek(object.ID) cachestore.Info
 	Stats() cachestore.Stats
 	Use(object.ID)
+	Unlinked(object.ID) bool
 }
 
 // Dataset is safe for concurrent use and never changes; new credentials, and other mounts, make a
@@ -246,6 +247,9 @@ func (d *Dataset) Peek(id object.ID) cachestore.Info { return d.deps.Store.Peek(
 
 // Used says that an object was opened without its reader, which nobody else would tell the cache.
 func (d *Dataset) Used(id object.ID) { d.deps.Store.Use(id) }
+
+// Unlinked reports whether somebody holds a file of the object that was evicted.
+func (d *Dataset) Unlinked(id object.ID) bool { return d.deps.Store.Unlinked(id) }
 
 // Capacity is the cache's, in bytes: all of it and what is used.
 func (d *Dataset) Capacity() (total, used int64) {

@@ -127,7 +127,7 @@ func (s *Served) CatchUp() error {
 	t.mu.Unlock()
 	s.later(func() { // readers wait
 		for _, id := range backed {
-			if !s.data.Load().Peek(id).Exists { // evicted since
+			if d := s.data.Load(); !d.Peek(id).Exists || d.Unlinked(id) { // evicted since
 				s.Evicted(id)
 			}
 		}

@@ -23,6 +23,7 @@ import (
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/cacheworker/source"
 	filesource "github.com/larderfs/larder/cacheworker/source/file"
+	"github.com/larderfs/larder/cacheworker/tiers"
 )
 
 // serveMounts is the main function of a worker. It prints a line when it is connected and when
@@ -45,7 +46,7 @@ func serveMounts() {
 		w.compact = 50_000
 		w.src = hanging{src, func() { out.Encode("hanging") }}
 	}
-	fail(w.connect(filepath.Join(dir, "broker.sock"), cachestore.Config{Dir: filepath.Join(dir, "tier"), ViewDir: filepath.Join(dir, "view")}))
+	fail(w.connect(filepath.Join(dir, "broker.sock"), tiers.Tier{Store: cachestore.Config{Dir: filepath.Join(dir, "tier"), ViewDir: filepath.Join(dir, "view")}}))
 	fail(out.Encode("connected"))
 	in := bufio.NewScanner(os.Stdin)
 	for in.Scan() {

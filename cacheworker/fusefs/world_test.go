@@ -23,6 +23,7 @@ import (
 	"github.com/larderfs/larder/cacheworker/metadata"
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/cacheworker/source"
+	"github.com/larderfs/larder/cacheworker/tiers"
 	"github.com/larderfs/larder/driver/broker"
 	"github.com/larderfs/larder/master/record"
 	"github.com/larderfs/larder/sanity/leak"
@@ -35,7 +36,7 @@ var allFeatures = Features{Passthrough: true, Resend: true, Splice: true}
 // testWorker is the worker's side of mounts: a cache, and a link to the broker.
 type testWorker struct {
 	log      *slog.Logger
-	store    *cachestore.Store
+	store    *tiers.Cache
 	fills    *fill.Fills
 	meta     *metadata.Cache
 	src      source.Source // of every volume
@@ -60,9 +61,11 @@ type testWorker struct {
 }
 
 // connect opens the cache and becomes the broker's worker.
-func (w *testWorker) connect(socket string, cfg cachestore.Config) (err error) {
-	cfg.Log = w.log
-	if w.store, err = cachestore.Open(cfg); err != nil {
+func (w *testWorker) connect(socket string, of ...tiers.Tier) (err error) {
+	for i := range of {
+		of[i].Store.Log = w.log
+	}
+	if w.store, err = tiers.Open(context.Background(), tiers.Config{Tiers: of, Log: w.log}); err != nil {
 		return err
 	}
 	w.fills = fill.New(fill.Config{Log: w.log}, w.store)
@@ -253,6 +256,8 @@ func (w *testWorker) Replace(ctx context.Context, volume string, memfd *os.File)
 type options struct {
 	volume   brokerwire.Volume // Freshness: below 0 is 0, 0 is an hour
 	capacity int64
+	memory   int64 // capacity of a faster tier on a tmpfs; 0 for none
+
 	features *Features
 	lockOff  bool
 	broker   func(Broker) Broker
@@ -269,6 +274,7 @@ type world struct {
 	t      *testing.T
 	dir    string
 	path   string           // of the mount
+	memory string           // a tier on a tmpfs; "" for none
 	mem    *memsource.Store // the under store
 	client *brokerwire.Client
 }
@@ -286,6 +292,13 @@ func newWorld(t *testing.T, o options) *world {
 		if err := os.Mkdir(d, 0o755); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if o.memory > 0 {
+		var err error
+		if w.memory, err = os.MkdirTemp("/dev/shm", "larder-test-"); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.RemoveAll(w.memory) })
 	}
 	w.startBroker()
 	if o.noWorker {
@@ -308,7 +321,11 @@ func newWorld(t *testing.T, o options) *world {
 			t.Error(err)
 		}
 	})
-	if err := w.connect(w.socket(), w.cache(o.capacity)); err != nil {
+	of := []tiers.Tier{{Store: w.cache(o.capacity)}}
+	if o.memory > 0 {
+		of = append(of, tiers.Tier{Kind: tiers.Memory, Store: cachestore.Config{Dir: w.memory, ViewDir: w.view() + "-memory", CapacityBytes: o.memory}})
+	}
+	if err := w.connect(w.socket(), of...); err != nil {
 		t.Fatal(err)
 	}
 	w.mountVolume(o.volume)
@@ -343,7 +360,11 @@ func (w *world) data(name string) string { return filepath.Join(w.path, "data", 
 
 func (w *world) startBroker() {
 	w.t.Helper()
-	b, err := broker.New(broker.Config{Name: w.dir, Socket: w.socket(), TierDirs: []string{w.tier()}, ViewDirs: []string{w.view()},
+	dirs, views := []string{w.tier()}, []string{w.view()}
+	if w.memory != "" {
+		dirs, views = append(dirs, w.memory), append(views, w.view()+"-memory")
+	}
+	b, err := broker.New(broker.Config{Name: w.dir, Socket: w.socket(), TierDirs: dirs, ViewDirs: views,
 		UnmountAtExit: true, Log: testLog(w.t)})
 	if err != nil {
 		w.t.Fatal(err)
@@ -358,8 +379,10 @@ func (w *world) startBroker() {
 		if err := <-done; err != nil {
 			w.t.Error(err)
 		}
-		if err := broker.RemoveView(w.view()); err != nil {
-			w.t.Error(err)
+		for _, v := range views {
+			if err := broker.RemoveView(v); err != nil {
+				w.t.Error(err)
+			}
 		}
 	})
 	eventually(w.t, "the broker listens", func() bool {

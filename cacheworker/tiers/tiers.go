@@ -383,6 +383,11 @@ func (c *Cache) Evict(id object.ID) (had bool) {
 	return had
 }
 
+// Unlinked reports whether somebody holds a file of the object that was evicted.
+func (c *Cache) Unlinked(id object.ID) bool {
+	return slices.ContainsFunc(c.tiers, func(t *tier) bool { return t.Unlinked(id) })
+}
+
 // evicted is called by a tier that has evicted a file.
 func (c *Cache) evicted(from int, id object.ID) {
 	for i, t := range c.tiers {

@@ -137,11 +137,11 @@ func flags(b *strings.Builder, cmd *cobra.Command) {
 		if kind != "" {
 			name += " " + kind
 		}
-		def := strings.TrimSuffix(f.DefValue, ":0") // a tier that takes what there is
+		def := strings.Trim(strings.TrimSuffix(f.DefValue, ":0"), "[]") // a tier that takes what there is; lists
 		switch {
 		case f.Name == "node-name":
 			def = "the host's name"
-		case def == "false" || def == "[]" || def == "0s" && f.Value.Type() == "duration" || f.Value.Type() != "string" && def == "0":
+		case def == "false" || def == "0s" && f.Value.Type() == "duration" || f.Value.Type() != "string" && def == "0":
 			def = ""
 		case def != "":
 			def = "`" + def + "`"

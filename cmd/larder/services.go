@@ -108,7 +108,7 @@ func workerCommand() *cobra.Command {
 		`The cache worker of one node. It needs no privilege: the broker (larder csi node) makes the mounts
 and shares them. It may be stopped, killed and upgraded at any time; readers wait for the next one.`,
 		func(f *pflag.FlagSet) {
-			f.Var(&t, "tier", "cache directory, its capacity, and what it is (repeated; SSD unless it says)")
+			f.Var(&t, "tier", "cache directory, its capacity, and its kind, MEM, SSD or HDD (repeated; SSD unless it says)")
 			f.DurationVar(&linger, "linger", 0, "how long, when told to stop, to ask the broker whether Larder is being uninstalled: then volumes in use are waited for")
 			f.StringVar(&socketDir, "socket-dir", "", "be a pod's sidecar: serve the volume of --parameter by a socket in this `directory`, without a broker and without a mount")
 			f.StringToStringVar(&parameters, "parameter", nil, "parameter of that volume, as in a StorageClass (repeated): source=s3://bucket/prefix")

@@ -43,7 +43,7 @@ func (f *tierFlag) String() string {
 	return strings.Join(all, ",")
 }
 
-func (f *tierFlag) Type() string { return "DIR:SIZE[:MEM|SSD|HDD]" }
+func (f *tierFlag) Type() string { return "DIR:SIZE[:KIND]" }
 
 // Set adds a tier; the first one takes the default's place.
 func (f *tierFlag) Set(s string) error {

@@ -65,7 +65,7 @@ It needs root, Linux, and nothing else. SIGTERM stops in order and leaves no mou
 SIGHUP replaces the worker by one from the binary that is on disk now; readers do not notice.`,
 		func(f *pflag.FlagSet) {
 			f.StringVar(&u.dir, "dir", "/var/lib/larder", "`directory` of everything")
-			f.Var(&u.tier, "tier", "cache directory, its capacity, and what it is (repeated; default DIR/cache:10GiB; SSD unless it says)")
+			f.Var(&u.tier, "tier", "cache directory, its capacity, and its kind, MEM, SSD or HDD (repeated; default DIR/cache:10GiB; SSD unless it says)")
 			f.Var(&u.minFree, "min-free", "bytes of each tier's file system that stay free")
 			f.Var(&u.memory, "memory", "bytes that the worker may use (default nine tenths of its cgroup's limit)")
 			f.StringVar(&u.nodeName, "node-name", hostname(), "`name` of this node")
