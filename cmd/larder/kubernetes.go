@@ -15,7 +15,9 @@ import (
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/driver"
 	"github.com/larderfs/larder/driver/kube"
+	"github.com/larderfs/larder/driver/kubemounts"
 	"github.com/larderfs/larder/driver/localpv"
+	"github.com/larderfs/larder/master"
 )
 
 // kubernetes is what the node plugin is told of its cluster.
@@ -75,6 +77,21 @@ func secretReader(c *kube.Client) func(ctx context.Context, namespace, name stri
 			return data, nil
 		}
 		return nil, fmt.Errorf("there is no Secret %q in namespace %s; create it, with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: %w", name, namespace, object.ErrNotFound)
+	}
+}
+
+// followObjects has the mounts of a master be those of the cluster's objects, until ctx ends.
+func followObjects(ctx context.Context, m *master.Master, kubeconfig string, log *slog.Logger) error {
+	klog.SetSlogLogger(log)
+	c, err := kube.Connect(kubeconfig, "larder/"+version)
+	if err != nil {
+		return fmt.Errorf("--mount-objects: %w", err)
+	}
+	select {
+	case <-m.Ready():
+		return kubemounts.New(c.Mounts(), m, log).Run(ctx)
+	case <-ctx.Done():
+		return nil
 	}
 }
 

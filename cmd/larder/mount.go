@@ -174,7 +174,9 @@ their end; who looks up the old path finds nothing there any more.`,
 					return err
 				}
 				old := m.Path
-				m.Path, m.Object = args[1], ""
+				if m.Path = args[1]; m.Object != "" { // its path is one of its fields
+					return q.moveObject(ctx, cmd.OutOrStdout(), t, m)
+				}
 				if m, err = client.ParseMount(m); err != nil {
 					return err
 				}
@@ -193,6 +195,24 @@ their end; who looks up the old path finds nothing there any more.`,
 	}
 	q.flags(cmd)
 	return cmd
+}
+
+// moveObject gives a Mount object another path.
+func (q *mountQuestion) moveObject(ctx context.Context, w io.Writer, t mountTable, m client.Mount) error {
+	if _, ok := t.(*objectTable); !ok {
+		return fmt.Errorf("it is made from the Kubernetes object mounts.larder.dev/%s: name the cluster with --kubeconfig: %w", m.Object, client.ErrRefused)
+	}
+	m, err := client.ParseMount(m)
+	if err != nil {
+		return err
+	}
+	if _, err := findMount(ctx, t, m.Path); !errors.Is(err, client.ErrNotFound) {
+		return errors.Join(err, fmt.Errorf("something is mounted at %s: %w", m.Path, client.ErrExists))
+	}
+	if err := t.PutMount(ctx, m); err != nil {
+		return err
+	}
+	return q.said(w, m, "moved")
 }
 
 func mountRemoveCommand() *cobra.Command {
@@ -230,12 +250,13 @@ func mountListCommand() *cobra.Command {
 				}
 				entries := []mountEntry{}
 				for _, m := range ms {
-					entries = append(entries, newMountEntry(m))
+					e := newMountEntry(m)
+					if o, ok := t.(*objectTable); ok && o.trouble[m.Object] != "" {
+						e.Broken = o.trouble[m.Object]
+					}
+					entries = append(entries, e)
 				}
-				if q.format == "json" {
-					return printJSON(cmd.OutOrStdout(), entries)
-				}
-				return printMounts(cmd.OutOrStdout(), entries)
+				return q.print(cmd.OutOrStdout(), entries, func(w io.Writer) error { return printMounts(w, entries) })
 			})
 		},
 	}
@@ -263,10 +284,8 @@ need not be that of a mount.`,
 				if !ok {
 					return fmt.Errorf("%s: %w", namespace.Nothing(path), client.ErrNotFound)
 				}
-				if q.format == "json" {
-					return printJSON(cmd.OutOrStdout(), newPathEntry(v))
-				}
-				return printPath(cmd.OutOrStdout(), newPathEntry(v))
+				p := newPathEntry(v)
+				return q.print(cmd.OutOrStdout(), p, func(w io.Writer) error { return printPath(w, p) })
 			})
 		},
 	}
@@ -289,20 +308,39 @@ func findMount(ctx context.Context, t mountTable, path string) (client.Mount, er
 	return client.Mount{}, fmt.Errorf("no mount has the path %s; larder mount ls shows them: %w", path, client.ErrNotFound)
 }
 
-// mountQuestion is asked of the master.
-type mountQuestion struct{ question }
+// mountQuestion is asked of the cluster, where there is one, or of the master.
+type mountQuestion struct {
+	question
+	kubeconfig string
+	dirGiven   func() bool
+}
+
+func (q *mountQuestion) flags(cmd *cobra.Command) {
+	q.question.flags(cmd)
+	cmd.Flags().StringVar(&q.kubeconfig, "kubeconfig", "", "kubeconfig `file` of a cluster that keeps mounts as Mount objects (default this pod's cluster, unless --master or --dir is given; else the master)")
+	q.dirGiven = func() bool { return cmd.Flags().Changed("dir") }
+}
 
 func (q *mountQuestion) ask(ctx context.Context, f func(context.Context, mountTable) error) error {
+	if err := q.check(); err != nil {
+		return err
+	}
+	c, err := q.cluster()
+	if err != nil {
+		return err
+	}
+	if c != nil {
+		return f(ctx, c)
+	}
 	return q.question.ask(ctx, func(ctx context.Context, m *client.Client) error { return f(ctx, m) })
 }
 
 // said tells what was done to a mount.
 func (q *mountQuestion) said(w io.Writer, m client.Mount, what string) error {
-	if q.format == "json" {
-		return printJSON(w, newMountEntry(m))
-	}
-	_, err := fmt.Fprintf(w, "%s (%s) %s\n", m.Path, m.URI, what)
-	return err
+	return q.print(w, newMountEntry(m), func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "%s (%s) %s\n", m.Path, m.URI, what)
+		return err
+	})
 }
 
 func newMountEntry(m client.Mount) mountEntry {

@@ -48,6 +48,7 @@ func hostname() string {
 func masterCommand() *cobra.Command {
 	var c master.Config
 	var l listens
+	var kubeconfig string
 	return service("master", "Serve the cluster's memory: volumes, workers, mounts",
 		`The master keeps volumes, workers and mounts in etcd: embedded in its --dir by default, or an
 external cluster by --etcd-endpoints. Three masters embed one etcd together by --name and
@@ -63,6 +64,8 @@ external cluster by --etcd-endpoints. Three masters embed one etcd together by -
 			l.flags(f, "127.0.0.1:9810")
 			f.DurationVar(&c.WorkerLease, "worker-lease", 30*time.Second, "how long a worker is believed alive without a heartbeat")
 			f.DurationVar(&c.WorkerForget, "worker-forget", time.Hour, "how long one without a heartbeat is listed as gone")
+			f.BoolVar(&c.MountObjects, "mount-objects", false, "take the mounts of the namespace from the cluster's Mount objects (mounts.larder.dev), and from no call")
+			f.StringVar(&kubeconfig, "kubeconfig", "", "kubeconfig `file` for those (default the pod's service account)")
 			f.StringVar(&c.Member.Name, "name", "", "`name` of this one of several masters")
 			f.StringVar(&c.Member.Cluster, "initial-cluster", "", "all masters that embed one etcd, as `NAME=URL,…`, alike on each: a=http://host:2380,b=…")
 			f.StringVar(&c.Member.Listen, "peer-listen", ":2380", "`address` for the other masters")
@@ -79,6 +82,9 @@ external cluster by --etcd-endpoints. Three masters embed one etcd together by -
 			g, ctx := errgroup.WithContext(ctx)
 			g.Go(func() error { return m.Run(ctx) })
 			g.Go(func() error { return cacheworker.ServeProfiles(ctx, l.profiles) })
+			if c.MountObjects {
+				g.Go(func() error { return followObjects(ctx, m, kubeconfig, log) })
+			}
 			return g.Wait()
 		})
 }

@@ -26,7 +26,7 @@ func main() {
 }
 
 // files of the base that are in the chart. The namespace is not: Helm makes it, or the user.
-var files = []string{"csidriver.yaml", "storageclasses.yaml", "rbac.yaml", "policies.yaml", "master.yaml", "controller.yaml", "node.yaml", "worker.yaml", "networkpolicies.yaml"}
+var files = []string{"crds.yaml", "csidriver.yaml", "storageclasses.yaml", "rbac.yaml", "policies.yaml", "master.yaml", "controller.yaml", "node.yaml", "worker.yaml", "networkpolicies.yaml"}
 
 func run(base, watch, out string, check bool) error {
 	for _, name := range files {
