@@ -23,6 +23,15 @@ import (
 // OpenPath opens what mounts show at the path of a volume. A mount that cannot be opened, or is not for
 // the volume, hides what is below it all the same. It asks the stores nothing; see Check.
 func OpenPath(v brokerwire.Volume, mounts []record.Mount, deps Deps) *Dataset {
+	return openPath(v, mounts, deps, func(m record.Mount, w namespace.Who) bool { return m.Allows(w.Inline, w.Namespace) })
+}
+
+// OpenAll is OpenPath for an administrator, who is in no list of a mount.
+func OpenAll(v brokerwire.Volume, mounts []record.Mount, deps Deps) *Dataset {
+	return openPath(v, mounts, deps, func(record.Mount, namespace.Who) bool { return true })
+}
+
+func openPath(v brokerwire.Volume, mounts []record.Mount, deps Deps, allows func(record.Mount, namespace.Who) bool) *Dataset {
 	d := newDataset(v, deps)
 	d.none = fmt.Errorf("%s: %w", namespace.Nothing(v.Path), object.ErrNotFound)
 	view, _ := namespace.At(mounts, v.Path)
@@ -36,7 +45,7 @@ func OpenPath(v brokerwire.Volume, mounts []record.Mount, deps Deps) *Dataset {
 		in[dir][name] = true
 	}
 	for _, np := range view.Parts {
-		p := d.openMount(np, who)
+		p := d.openMount(np, who, allows)
 		d.parts[np.At] = p
 		if dir, name := path.Split(strings.TrimSuffix(np.At, "/")); errors.Is(p.err, errNotAllowed) {
 			note(d.hidden, dir, name)
@@ -65,20 +74,20 @@ func OpenUnknown(v brokerwire.Volume, why error, deps Deps) *Dataset {
 // errNotAllowed is wrapped, with ErrDenied, by the error of a part that is not for the volume.
 var errNotAllowed = errors.New("the mount's list of namespaces")
 
-func (d *Dataset) openMount(np namespace.Part, who namespace.Who) *part {
-	p, err := d.tryMount(np, who)
+func (d *Dataset) openMount(np namespace.Part, who namespace.Who, allows func(record.Mount, namespace.Who) bool) *part {
+	p, err := d.tryMount(np, who, allows)
 	if err != nil {
 		return &part{Origin: Origin{At: np.At}, err: err}
 	}
 	return p
 }
 
-func (d *Dataset) tryMount(np namespace.Part, who namespace.Who) (*part, error) {
+func (d *Dataset) tryMount(np namespace.Part, who namespace.Who, allows func(record.Mount, namespace.Who) bool) (*part, error) {
 	m := np.Mount
 	if err := m.Validate(); err != nil { // an older master took it
 		return nil, fmt.Errorf("mount %s: %v: %w", m.Path, err, object.ErrInvalid)
 	}
-	if !m.Allows(who.Inline, who.Namespace) {
+	if !allows(m, who) {
 		return nil, fmt.Errorf("%s: %w: %w", namespace.Refusal(m, who), errNotAllowed, object.ErrDenied)
 	}
 	spec, err := json.Marshal(np)

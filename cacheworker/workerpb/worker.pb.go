@@ -959,6 +959,326 @@ func (x *MountedReply) GetOwnSecret() string {
 	return ""
 }
 
+type ListFolderRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`   // of the namespace
+	After         string                 `protobuf:"bytes,2,opt,name=after,proto3" json:"after,omitempty"` // next of an earlier answer
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListFolderRequest) Reset() {
+	*x = ListFolderRequest{}
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListFolderRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListFolderRequest) ProtoMessage() {}
+
+func (x *ListFolderRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListFolderRequest.ProtoReflect.Descriptor instead.
+func (*ListFolderRequest) Descriptor() ([]byte, []int) {
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ListFolderRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *ListFolderRequest) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+type ListFolderReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Entries       []*PathEntry           `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"` // in the order of the store
+	Next          string                 `protobuf:"bytes,2,opt,name=next,proto3" json:"next,omitempty"`       // "" at the end
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListFolderReply) Reset() {
+	*x = ListFolderReply{}
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListFolderReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListFolderReply) ProtoMessage() {}
+
+func (x *ListFolderReply) ProtoReflect() protoreflect.Message {
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListFolderReply.ProtoReflect.Descriptor instead.
+func (*ListFolderReply) Descriptor() ([]byte, []int) {
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ListFolderReply) GetEntries() []*PathEntry {
+	if x != nil {
+		return x.Entries
+	}
+	return nil
+}
+
+func (x *ListFolderReply) GetNext() string {
+	if x != nil {
+		return x.Next
+	}
+	return ""
+}
+
+type StatPathRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatPathRequest) Reset() {
+	*x = StatPathRequest{}
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatPathRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatPathRequest) ProtoMessage() {}
+
+func (x *StatPathRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatPathRequest.ProtoReflect.Descriptor instead.
+func (*StatPathRequest) Descriptor() ([]byte, []int) {
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *StatPathRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+type PathEntry struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // "" of the root
+	Folder        bool                   `protobuf:"varint,2,opt,name=folder,proto3" json:"folder,omitempty"`
+	Size          int64                  `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
+	Modified      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=modified,proto3" json:"modified,omitempty"` // unset for folders
+	Version       string                 `protobuf:"bytes,5,opt,name=version,proto3" json:"version,omitempty"`
+	CachedBytes   int64                  `protobuf:"varint,6,opt,name=cached_bytes,json=cachedBytes,proto3" json:"cached_bytes,omitempty"` // by this worker
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PathEntry) Reset() {
+	*x = PathEntry{}
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PathEntry) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PathEntry) ProtoMessage() {}
+
+func (x *PathEntry) ProtoReflect() protoreflect.Message {
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PathEntry.ProtoReflect.Descriptor instead.
+func (*PathEntry) Descriptor() ([]byte, []int) {
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *PathEntry) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PathEntry) GetFolder() bool {
+	if x != nil {
+		return x.Folder
+	}
+	return false
+}
+
+func (x *PathEntry) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *PathEntry) GetModified() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Modified
+	}
+	return nil
+}
+
+func (x *PathEntry) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *PathEntry) GetCachedBytes() int64 {
+	if x != nil {
+		return x.CachedBytes
+	}
+	return 0
+}
+
+type ReadFileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadFileRequest) Reset() {
+	*x = ReadFileRequest{}
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadFileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadFileRequest) ProtoMessage() {}
+
+func (x *ReadFileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadFileRequest.ProtoReflect.Descriptor instead.
+func (*ReadFileRequest) Descriptor() ([]byte, []int) {
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ReadFileRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+type FileBytes struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FileBytes) Reset() {
+	*x = FileBytes{}
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FileBytes) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FileBytes) ProtoMessage() {}
+
+func (x *FileBytes) ProtoReflect() protoreflect.Message {
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FileBytes.ProtoReflect.Descriptor instead.
+func (*FileBytes) Descriptor() ([]byte, []int) {
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *FileBytes) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
 var File_cacheworker_workerpb_worker_proto protoreflect.FileDescriptor
 
 const file_cacheworker_workerpb_worker_proto_rawDesc = "" +
@@ -1045,12 +1365,35 @@ const file_cacheworker_workerpb_worker_proto_rawDesc = "" +
 	"\fMountedReply\x12\x18\n" +
 	"\asecrets\x18\x01 \x03(\tR\asecrets\x12\x1d\n" +
 	"\n" +
-	"own_secret\x18\x02 \x01(\tR\townSecret2\x84\x03\n" +
+	"own_secret\x18\x02 \x01(\tR\townSecret\"=\n" +
+	"\x11ListFolderRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
+	"\x05after\x18\x02 \x01(\tR\x05after\"\\\n" +
+	"\x0fListFolderReply\x125\n" +
+	"\aentries\x18\x01 \x03(\v2\x1b.larder.worker.v1.PathEntryR\aentries\x12\x12\n" +
+	"\x04next\x18\x02 \x01(\tR\x04next\"%\n" +
+	"\x0fStatPathRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\"\xc0\x01\n" +
+	"\tPathEntry\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06folder\x18\x02 \x01(\bR\x06folder\x12\x12\n" +
+	"\x04size\x18\x03 \x01(\x03R\x04size\x126\n" +
+	"\bmodified\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bmodified\x12\x18\n" +
+	"\aversion\x18\x05 \x01(\tR\aversion\x12!\n" +
+	"\fcached_bytes\x18\x06 \x01(\x03R\vcachedBytes\"%\n" +
+	"\x0fReadFileRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\"\x1f\n" +
+	"\tFileBytes\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data2\xf4\x04\n" +
 	"\x06Worker\x12I\n" +
 	"\x06Status\x12\x1f.larder.worker.v1.StatusRequest\x1a\x1e.larder.worker.v1.WorkerStatus\x12E\n" +
 	"\x05Users\x12\x1e.larder.worker.v1.UsersRequest\x1a\x1c.larder.worker.v1.UsersReply\x12I\n" +
 	"\x06Volume\x12\x1f.larder.worker.v1.VolumeRequest\x1a\x1e.larder.worker.v1.VolumeStatus\x12K\n" +
-	"\aMounted\x12 .larder.worker.v1.MountedRequest\x1a\x1e.larder.worker.v1.MountedReply\x12P\n" +
+	"\aMounted\x12 .larder.worker.v1.MountedRequest\x1a\x1e.larder.worker.v1.MountedReply\x12T\n" +
+	"\n" +
+	"ListFolder\x12#.larder.worker.v1.ListFolderRequest\x1a!.larder.worker.v1.ListFolderReply\x12J\n" +
+	"\bStatPath\x12!.larder.worker.v1.StatPathRequest\x1a\x1b.larder.worker.v1.PathEntry\x12L\n" +
+	"\bReadFile\x12!.larder.worker.v1.ReadFileRequest\x1a\x1b.larder.worker.v1.FileBytes0\x01\x12P\n" +
 	"\bHandOver\x12!.larder.worker.v1.HandOverRequest\x1a\x1f.larder.worker.v1.HandOverReply0\x01B1Z/github.com/larderfs/larder/cacheworker/workerpbb\x06proto3"
 
 var (
@@ -1065,7 +1408,7 @@ func file_cacheworker_workerpb_worker_proto_rawDescGZIP() []byte {
 	return file_cacheworker_workerpb_worker_proto_rawDescData
 }
 
-var file_cacheworker_workerpb_worker_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_cacheworker_workerpb_worker_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_cacheworker_workerpb_worker_proto_goTypes = []any{
 	(*HandOverRequest)(nil),       // 0: larder.worker.v1.HandOverRequest
 	(*HandOverReply)(nil),         // 1: larder.worker.v1.HandOverReply
@@ -1080,29 +1423,43 @@ var file_cacheworker_workerpb_worker_proto_goTypes = []any{
 	(*UsersReply)(nil),            // 10: larder.worker.v1.UsersReply
 	(*MountedRequest)(nil),        // 11: larder.worker.v1.MountedRequest
 	(*MountedReply)(nil),          // 12: larder.worker.v1.MountedReply
-	(*timestamppb.Timestamp)(nil), // 13: google.protobuf.Timestamp
+	(*ListFolderRequest)(nil),     // 13: larder.worker.v1.ListFolderRequest
+	(*ListFolderReply)(nil),       // 14: larder.worker.v1.ListFolderReply
+	(*StatPathRequest)(nil),       // 15: larder.worker.v1.StatPathRequest
+	(*PathEntry)(nil),             // 16: larder.worker.v1.PathEntry
+	(*ReadFileRequest)(nil),       // 17: larder.worker.v1.ReadFileRequest
+	(*FileBytes)(nil),             // 18: larder.worker.v1.FileBytes
+	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
 }
 var file_cacheworker_workerpb_worker_proto_depIdxs = []int32{
-	13, // 0: larder.worker.v1.WorkerStatus.started:type_name -> google.protobuf.Timestamp
+	19, // 0: larder.worker.v1.WorkerStatus.started:type_name -> google.protobuf.Timestamp
 	5,  // 1: larder.worker.v1.WorkerStatus.volumes:type_name -> larder.worker.v1.VolumeStatus
 	6,  // 2: larder.worker.v1.WorkerStatus.features:type_name -> larder.worker.v1.Feature
 	8,  // 3: larder.worker.v1.UsersRequest.volumes:type_name -> larder.worker.v1.VolumeUsers
 	9,  // 4: larder.worker.v1.VolumeUsers.pods:type_name -> larder.worker.v1.Pod
-	2,  // 5: larder.worker.v1.Worker.Status:input_type -> larder.worker.v1.StatusRequest
-	7,  // 6: larder.worker.v1.Worker.Users:input_type -> larder.worker.v1.UsersRequest
-	4,  // 7: larder.worker.v1.Worker.Volume:input_type -> larder.worker.v1.VolumeRequest
-	11, // 8: larder.worker.v1.Worker.Mounted:input_type -> larder.worker.v1.MountedRequest
-	0,  // 9: larder.worker.v1.Worker.HandOver:input_type -> larder.worker.v1.HandOverRequest
-	3,  // 10: larder.worker.v1.Worker.Status:output_type -> larder.worker.v1.WorkerStatus
-	10, // 11: larder.worker.v1.Worker.Users:output_type -> larder.worker.v1.UsersReply
-	5,  // 12: larder.worker.v1.Worker.Volume:output_type -> larder.worker.v1.VolumeStatus
-	12, // 13: larder.worker.v1.Worker.Mounted:output_type -> larder.worker.v1.MountedReply
-	1,  // 14: larder.worker.v1.Worker.HandOver:output_type -> larder.worker.v1.HandOverReply
-	10, // [10:15] is the sub-list for method output_type
-	5,  // [5:10] is the sub-list for method input_type
-	5,  // [5:5] is the sub-list for extension type_name
-	5,  // [5:5] is the sub-list for extension extendee
-	0,  // [0:5] is the sub-list for field type_name
+	16, // 5: larder.worker.v1.ListFolderReply.entries:type_name -> larder.worker.v1.PathEntry
+	19, // 6: larder.worker.v1.PathEntry.modified:type_name -> google.protobuf.Timestamp
+	2,  // 7: larder.worker.v1.Worker.Status:input_type -> larder.worker.v1.StatusRequest
+	7,  // 8: larder.worker.v1.Worker.Users:input_type -> larder.worker.v1.UsersRequest
+	4,  // 9: larder.worker.v1.Worker.Volume:input_type -> larder.worker.v1.VolumeRequest
+	11, // 10: larder.worker.v1.Worker.Mounted:input_type -> larder.worker.v1.MountedRequest
+	13, // 11: larder.worker.v1.Worker.ListFolder:input_type -> larder.worker.v1.ListFolderRequest
+	15, // 12: larder.worker.v1.Worker.StatPath:input_type -> larder.worker.v1.StatPathRequest
+	17, // 13: larder.worker.v1.Worker.ReadFile:input_type -> larder.worker.v1.ReadFileRequest
+	0,  // 14: larder.worker.v1.Worker.HandOver:input_type -> larder.worker.v1.HandOverRequest
+	3,  // 15: larder.worker.v1.Worker.Status:output_type -> larder.worker.v1.WorkerStatus
+	10, // 16: larder.worker.v1.Worker.Users:output_type -> larder.worker.v1.UsersReply
+	5,  // 17: larder.worker.v1.Worker.Volume:output_type -> larder.worker.v1.VolumeStatus
+	12, // 18: larder.worker.v1.Worker.Mounted:output_type -> larder.worker.v1.MountedReply
+	14, // 19: larder.worker.v1.Worker.ListFolder:output_type -> larder.worker.v1.ListFolderReply
+	16, // 20: larder.worker.v1.Worker.StatPath:output_type -> larder.worker.v1.PathEntry
+	18, // 21: larder.worker.v1.Worker.ReadFile:output_type -> larder.worker.v1.FileBytes
+	1,  // 22: larder.worker.v1.Worker.HandOver:output_type -> larder.worker.v1.HandOverReply
+	15, // [15:23] is the sub-list for method output_type
+	7,  // [7:15] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_cacheworker_workerpb_worker_proto_init() }
@@ -1116,7 +1473,7 @@ func file_cacheworker_workerpb_worker_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_cacheworker_workerpb_worker_proto_rawDesc), len(file_cacheworker_workerpb_worker_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   13,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -21,11 +21,14 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Worker_Status_FullMethodName   = "/larder.worker.v1.Worker/Status"
-	Worker_Users_FullMethodName    = "/larder.worker.v1.Worker/Users"
-	Worker_Volume_FullMethodName   = "/larder.worker.v1.Worker/Volume"
-	Worker_Mounted_FullMethodName  = "/larder.worker.v1.Worker/Mounted"
-	Worker_HandOver_FullMethodName = "/larder.worker.v1.Worker/HandOver"
+	Worker_Status_FullMethodName     = "/larder.worker.v1.Worker/Status"
+	Worker_Users_FullMethodName      = "/larder.worker.v1.Worker/Users"
+	Worker_Volume_FullMethodName     = "/larder.worker.v1.Worker/Volume"
+	Worker_Mounted_FullMethodName    = "/larder.worker.v1.Worker/Mounted"
+	Worker_ListFolder_FullMethodName = "/larder.worker.v1.Worker/ListFolder"
+	Worker_StatPath_FullMethodName   = "/larder.worker.v1.Worker/StatPath"
+	Worker_ReadFile_FullMethodName   = "/larder.worker.v1.Worker/ReadFile"
+	Worker_HandOver_FullMethodName   = "/larder.worker.v1.Worker/HandOver"
 )
 
 // WorkerClient is the client API for Worker service.
@@ -43,6 +46,13 @@ type WorkerClient interface {
 	// node plugin has to bring for it. PERMISSION_DENIED and NOT_FOUND say in their text what to do;
 	// UNAVAILABLE is for a worker that was never told what is mounted.
 	Mounted(ctx context.Context, in *MountedRequest, opts ...grpc.CallOption) (*MountedReply, error)
+	// ListFolder, StatPath and ReadFile show the namespace as its mounts' own credentials may see it, whoever may
+	// use them by a volume; for root and the worker's user only. The stores are asked. Codes: NOT_FOUND,
+	// PERMISSION_DENIED (the store, or a credential that is not here), INVALID_ARGUMENT, ABORTED (replaced
+	// meanwhile), UNAVAILABLE.
+	ListFolder(ctx context.Context, in *ListFolderRequest, opts ...grpc.CallOption) (*ListFolderReply, error)
+	StatPath(ctx context.Context, in *StatPathRequest, opts ...grpc.CallOption) (*PathEntry, error)
+	ReadFile(ctx context.Context, in *ReadFileRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FileBytes], error)
 	// HandOver asks the worker to give its cache directory to the caller, another worker of the same
 	// user on the same run directory. It answers when the directory is free, serves its mounts
 	// until the caller is ready to, and ends. It also ends when the stream does before that: it
@@ -98,9 +108,48 @@ func (c *workerClient) Mounted(ctx context.Context, in *MountedRequest, opts ...
 	return out, nil
 }
 
+func (c *workerClient) ListFolder(ctx context.Context, in *ListFolderRequest, opts ...grpc.CallOption) (*ListFolderReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListFolderReply)
+	err := c.cc.Invoke(ctx, Worker_ListFolder_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *workerClient) StatPath(ctx context.Context, in *StatPathRequest, opts ...grpc.CallOption) (*PathEntry, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PathEntry)
+	err := c.cc.Invoke(ctx, Worker_StatPath_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *workerClient) ReadFile(ctx context.Context, in *ReadFileRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FileBytes], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Worker_ServiceDesc.Streams[0], Worker_ReadFile_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ReadFileRequest, FileBytes]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Worker_ReadFileClient = grpc.ServerStreamingClient[FileBytes]
+
 func (c *workerClient) HandOver(ctx context.Context, in *HandOverRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[HandOverReply], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Worker_ServiceDesc.Streams[0], Worker_HandOver_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Worker_ServiceDesc.Streams[1], Worker_HandOver_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -132,6 +181,13 @@ type WorkerServer interface {
 	// node plugin has to bring for it. PERMISSION_DENIED and NOT_FOUND say in their text what to do;
 	// UNAVAILABLE is for a worker that was never told what is mounted.
 	Mounted(context.Context, *MountedRequest) (*MountedReply, error)
+	// ListFolder, StatPath and ReadFile show the namespace as its mounts' own credentials may see it, whoever may
+	// use them by a volume; for root and the worker's user only. The stores are asked. Codes: NOT_FOUND,
+	// PERMISSION_DENIED (the store, or a credential that is not here), INVALID_ARGUMENT, ABORTED (replaced
+	// meanwhile), UNAVAILABLE.
+	ListFolder(context.Context, *ListFolderRequest) (*ListFolderReply, error)
+	StatPath(context.Context, *StatPathRequest) (*PathEntry, error)
+	ReadFile(*ReadFileRequest, grpc.ServerStreamingServer[FileBytes]) error
 	// HandOver asks the worker to give its cache directory to the caller, another worker of the same
 	// user on the same run directory. It answers when the directory is free, serves its mounts
 	// until the caller is ready to, and ends. It also ends when the stream does before that: it
@@ -158,6 +214,15 @@ func (UnimplementedWorkerServer) Volume(context.Context, *VolumeRequest) (*Volum
 }
 func (UnimplementedWorkerServer) Mounted(context.Context, *MountedRequest) (*MountedReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Mounted not implemented")
+}
+func (UnimplementedWorkerServer) ListFolder(context.Context, *ListFolderRequest) (*ListFolderReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListFolder not implemented")
+}
+func (UnimplementedWorkerServer) StatPath(context.Context, *StatPathRequest) (*PathEntry, error) {
+	return nil, status.Error(codes.Unimplemented, "method StatPath not implemented")
+}
+func (UnimplementedWorkerServer) ReadFile(*ReadFileRequest, grpc.ServerStreamingServer[FileBytes]) error {
+	return status.Error(codes.Unimplemented, "method ReadFile not implemented")
 }
 func (UnimplementedWorkerServer) HandOver(*HandOverRequest, grpc.ServerStreamingServer[HandOverReply]) error {
 	return status.Error(codes.Unimplemented, "method HandOver not implemented")
@@ -255,6 +320,53 @@ func _Worker_Mounted_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Worker_ListFolder_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListFolderRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(WorkerServer).ListFolder(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Worker_ListFolder_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(WorkerServer).ListFolder(ctx, req.(*ListFolderRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Worker_StatPath_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StatPathRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(WorkerServer).StatPath(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Worker_StatPath_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(WorkerServer).StatPath(ctx, req.(*StatPathRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Worker_ReadFile_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ReadFileRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(WorkerServer).ReadFile(m, &grpc.GenericServerStream[ReadFileRequest, FileBytes]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Worker_ReadFileServer = grpc.ServerStreamingServer[FileBytes]
+
 func _Worker_HandOver_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(HandOverRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -289,8 +401,21 @@ var Worker_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "Mounted",
 			Handler:    _Worker_Mounted_Handler,
 		},
+		{
+			MethodName: "ListFolder",
+			Handler:    _Worker_ListFolder_Handler,
+		},
+		{
+			MethodName: "StatPath",
+			Handler:    _Worker_StatPath_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "ReadFile",
+			Handler:       _Worker_ReadFile_Handler,
+			ServerStreams: true,
+		},
 		{
 			StreamName:    "HandOver",
 			Handler:       _Worker_HandOver_Handler,

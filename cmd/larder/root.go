@@ -28,7 +28,7 @@ See what it does:        larder status --dir /var/lib/larder`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	cmd.AddCommand(upCommand(), masterCommand(), workerCommand(), csiCommand(), brokerCommand(), statusCommand(), locateCommand(), loadCommand(), freeCommand(), pinCommand(), unpinCommand(), jobCommand(), topCommand(), mountCommand(), volumeCommand(), doctorCommand(), versionCommand())
+	cmd.AddCommand(upCommand(), masterCommand(), workerCommand(), csiCommand(), brokerCommand(), statusCommand(), locateCommand(), loadCommand(), freeCommand(), pinCommand(), unpinCommand(), jobCommand(), topCommand(), fsCommand(), mountCommand(), volumeCommand(), doctorCommand(), versionCommand())
 	return cmd
 }
 
