@@ -236,6 +236,9 @@ func (ms *mounts) handle(life, rctx context.Context, m brokerwire.Message, files
 		files[0] = nil
 		return err
 	case brokerwire.Reload:
+		if err := ms.proveAgain(rctx, m.Mount); err != nil {
+			return err
+		}
 		return ms.reload(m.Mount)
 	case brokerwire.Drop:
 		return ms.drop(m.Mount)
@@ -261,6 +264,11 @@ func (ms *mounts) adopt(rctx context.Context, m brokerwire.Message, files []*os.
 	st, err := brokerwire.ReadState(files[1])
 	if err != nil {
 		return err
+	}
+	if m.Fresh {
+		if err := ms.w.sources.prove(rctx, st.Volume); err != nil {
+			return err
+		}
 	}
 	meter := ms.w.accounts.open(claimOf(st.Volume, ms.w.users.podsOf(m.Mount)))
 	adopted := false
@@ -436,6 +444,7 @@ func (ms *mounts) drop(id string) error {
 	delete(ms.held, id)
 	delete(ms.fed, id)
 	ms.mu.Unlock()
+	ms.w.sources.forget(id)
 	for _, h := range gone {
 		if h != nil {
 			h.end()

@@ -28,6 +28,7 @@ type sources struct {
 	guards     map[string]*source.Guard // by the store's address, whoever asks it for which bucket
 	root       source.Source
 	gone       source.GuardStats // of guards that are not in the map any more
+	sessions   map[sessionKey]*s3.Session
 }
 
 // transport is for an administrator's volume, or for one whose attributes a user wrote: that
@@ -104,13 +105,22 @@ type s3Key struct {
 	pathStyle, ambient       bool
 	inline, mount            bool
 	credentials              brokerwire.Credentials
+	session                  *s3.Session
+	proven                   bool
 }
 
 // S3 implements dataset.Sources.
 func (s *sources) S3(bucket string, v brokerwire.Volume, ambient bool) (source.Source, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	k := s3Key{bucket, v.Endpoint, v.Region, v.PathStyle, ambient, v.Inline, v.Path != "", v.Credentials}
+	k := s3Key{bucket, v.Endpoint, v.Region, v.PathStyle, ambient, v.Inline, v.Path != "", v.Credentials, nil, false}
+	if v.CredentialsOf == brokerwire.CredentialsPod {
+		session, err := s.session(v)
+		if err != nil {
+			return nil, err
+		}
+		k.credentials, k.session, k.proven = brokerwire.Credentials{}, session, v.Proven || session.Proven()
+	}
 	if src := s.s3s[k]; src != nil {
 		return src, nil
 	}
@@ -120,8 +130,9 @@ func (s *sources) S3(bucket string, v brokerwire.Volume, ambient bool) (source.S
 	}
 	src, err := s3.New(s3.Config{
 		Bucket: bucket, Endpoint: v.Endpoint, Region: v.Region, PathStyle: v.PathStyle,
-		Credentials: s3.Credentials{AccessKeyID: v.Credentials.AccessKeyID, SecretAccessKey: v.Credentials.SecretAccessKey,
-			SessionToken: v.Credentials.SessionToken},
+		Credentials: s3.Credentials{AccessKeyID: k.credentials.AccessKeyID, SecretAccessKey: k.credentials.SecretAccessKey,
+			SessionToken: k.credentials.SessionToken},
+		Session: k.session, Proven: k.proven, Volume: v.ID,
 		Ambient: ambient, NodeKey: s.nodeKey, Transport: s.transport(v), Observer: s.observer, Guard: guard,
 	})
 	if err != nil {

@@ -17,6 +17,8 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
+
+	"github.com/larderfs/larder/cacheworker/brokerwire"
 )
 
 // calls is around every call: its deadline, its line in the log, its status code, and the
@@ -112,8 +114,9 @@ func stripMaps(m protoreflect.Message) {
 
 func stripMap(m protoreflect.Map) {
 	m.Range(func(k protoreflect.MapKey, v protoreflect.Value) bool {
-		url := k.String() == keySource || k.String() == keyEndpoint
-		if !loggable(k.String()) || url && strings.ContainsAny(v.String(), "@?") {
+		url := k.String() == keySource || k.String() == keyEndpoint || k.String() == keySTSEndpoint
+		word := k.String() == keyCredentials && !slices.Contains(credentialWords, brokerwire.CredentialsOf(v.String()))
+		if !loggable(k.String()) || word || url && strings.ContainsAny(v.String(), "@?") {
 			m.Set(k, protoreflect.ValueOfString(stripped))
 		}
 		return true

@@ -97,7 +97,8 @@ func (b *fakeBroker) Refresh(ctx context.Context, v brokerwire.Volume) error {
 			return object.ErrNotFound
 		}
 		b.creds[v.ID] = v.Credentials
-		v.Credentials = brokerwire.Credentials{}
+		v.Credentials, m.Volume.ServiceAccount = brokerwire.Credentials{}, v.ServiceAccount
+		b.mounts[v.ID] = m
 		if v != m.Volume {
 			return errors.New("refresh of more than credentials")
 		}
@@ -437,6 +438,7 @@ func start(t *testing.T) *bench {
 	s, err := New(Config{
 		Endpoint: "unix://" + b.socket, Version: "test", Controller: true, Node: true, NodeID: "node-a",
 		RunDir: filepath.Join(b.dir, "run"), FileRoot: "/srv", InlineEndpoints: []string{"http://listed:9000"},
+		DriverCredentials: []string{"sales=s3://bkt/prefix", "sales=s3://bkt/elsewhere,endpoint=http://listed:9000"}, STSEndpoints: []string{"https://sts.listed"},
 		Ready: func(context.Context) error { return b.ready },
 		Secrets: func(_ context.Context, namespace, name string) (map[string]string, error) {
 			s, ok := b.secrets[namespace+"/"+name]

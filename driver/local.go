@@ -36,6 +36,12 @@ func (p Parameters) LocalVolume(id string, parameters, secret map[string]string)
 	if err != nil {
 		return brokerwire.Volume{}, nil, err
 	}
+	if q.CredentialsOf == brokerwire.CredentialsPod {
+		return brokerwire.Volume{}, nil, fmt.Errorf("%s: pod cannot be given: a local volume gets no token of its pod: %w", keyCredentials, object.ErrInvalid)
+	}
+	if q.CredentialsOf == brokerwire.CredentialsSecret && secret != nil && q.Credentials.IsZero() {
+		return brokerwire.Volume{}, nil, complete(q.Volume, true)
+	}
 	normal := q.context()
 	attributes, err := json.Marshal(normal)
 	if err != nil {

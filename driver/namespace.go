@@ -174,7 +174,7 @@ func checkTenant(v view, m brokerwire.Mount, want brokerwire.Volume, target stri
 // decided checks the source of a volume whose Kubernetes namespace has become known: when it was staged
 // it could not be.
 func (n *node) decided(ctx context.Context, m brokerwire.Mount, want brokerwire.Volume) error {
-	if want.Path == "" || want.Tenant == m.Volume.Tenant {
+	if want.ServiceAccount == m.Volume.ServiceAccount && (want.Path == "" || want.Tenant == m.Volume.Tenant) {
 		return nil
 	}
 	s, err := n.stats.VolumeStats(ctx, want.ID)
@@ -182,7 +182,7 @@ func (n *node) decided(ctx context.Context, m brokerwire.Mount, want brokerwire.
 		return err
 	}
 	if !s.Healthy {
-		return fmt.Errorf("volume %s: what is mounted at %s cannot be read: %s: %w", quote(want.ID), want.Path, s.Condition, object.ErrUnavailable)
+		return fmt.Errorf("volume %s: %s cannot be read: %s: %w", quote(want.ID), cmp.Or(want.Path, want.Source), s.Condition, object.ErrUnavailable)
 	}
 	return nil
 }

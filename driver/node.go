@@ -173,6 +173,9 @@ func (n *node) ensure(ctx context.Context, v view, want brokerwire.Volume, path 
 		}
 		return false, n.refresh(ctx, m, want)
 	}
+	if err := complete(want, !want.Inline); err != nil {
+		return false, err
+	}
 	if err := n.replace(ctx, v, want.ID, path); err != nil {
 		return false, err
 	}
@@ -202,7 +205,7 @@ func (n *node) refresh(ctx context.Context, m brokerwire.Mount, want brokerwire.
 		return nil
 	}
 	v := m.Volume
-	v.Credentials = want.Credentials
+	v.Credentials, v.ServiceAccount = want.Credentials, want.ServiceAccount
 	if err := n.broker.Refresh(ctx, v); err != nil {
 		return fmt.Errorf("refresh credentials of volume %s: %w", quote(m.VolumeID), err)
 	}
@@ -343,6 +346,11 @@ func (n *node) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolume
 		return nil, err
 	}
 	defer unlock()
+	if want.CredentialsOf == brokerwire.CredentialsPod {
+		if err := complete(want, false); err != nil {
+			return nil, err
+		}
+	}
 	if want, err = n.mounted(ctx, want, req.GetVolumeContext(), false); err != nil {
 		return nil, err
 	}
@@ -390,7 +398,7 @@ func (n *node) ensureStaged(ctx context.Context, v view, req *csi.NodePublishVol
 		if err := fits(m.Volume, want, req.GetVolumeCapability().GetMount().GetVolumeMountGroup()); err != nil {
 			return err
 		}
-		if err := checkTenant(v, m, want, target); err != nil {
+		if err := errors.Join(checkTenant(v, m, want, target), checkAccount(v, m, want, target)); err != nil {
 			return err
 		}
 		if err := n.refresh(ctx, m, want); err != nil {

@@ -17,19 +17,22 @@ type Parameter struct {
 
 // meanings of parameters.
 var meanings = map[string]string{
-	keySource:    "`s3://bucket/prefix`, or `file:///path` below `--file-root`, which is not for inline volumes",
-	keyPath:      "instead of source: a path of the namespace; the volume shows what is mounted there",
-	keyEndpoint:  "S3 endpoint, `http[s]://host[:port]`; AWS without one. Inline: only one of `--inline-endpoint`",
-	keyRegion:    "of the bucket; `us-east-1` without one",
-	keyPathStyle: "`host/bucket/key` instead of `bucket.host/key`; `true` with an `endpoint`",
-	keyLayout:    "`full`: `data/` and `domain/`. `data`: the dataset at the mount point itself, and no socket",
-	keyFreshness: "how old names and versions may be when a file is opened: a Go duration; `0s` asks the store each time",
-	keyComplete:  "when a file that was read in part is cached completely: `auto` (opened again, or more than half of it is there), `never`, `always`",
-	keyBinding:   "`shared`: from every node. `node`: on one node, whose cache has room for the claim's size. Not inline",
-	keyUID:       "owner of all files and folders",
-	keyGID:       "their group; a pod's `fsGroup` stands for it",
-	keyFileMode:  "permission bits of files, octal",
-	keyDirMode:   "permission bits of folders, octal",
+	keySource:      "`s3://bucket/prefix`, or `file:///path` below `--file-root`, which is not for inline volumes",
+	keyPath:        "instead of source: a path of the namespace; the volume shows what is mounted there",
+	keyEndpoint:    "S3 endpoint, `http[s]://host[:port]`; AWS without one. Inline: only one of `--inline-endpoint`",
+	keyRegion:      "of the bucket; `us-east-1` without one",
+	keyPathStyle:   "`host/bucket/key` instead of `bucket.host/key`; `true` with an `endpoint`",
+	keyLayout:      "`full`: `data/` and `domain/`. `data`: the dataset at the mount point itself, and no socket",
+	keyFreshness:   "how old names and versions may be when a file is opened: a Go duration; `0s` asks the store each time",
+	keyComplete:    "when a file that was read in part is cached completely: `auto` (opened again, or more than half of it is there), `never`, `always`",
+	keyBinding:     "`shared`: from every node. `node`: on one node, whose cache has room for the claim's size. Not inline",
+	keyUID:         "owner of all files and folders",
+	keyGID:         "their group; a pod's `fsGroup` stands for it",
+	keyFileMode:    "permission bits of files, octal",
+	keyDirMode:     "permission bits of folders, octal",
+	keyCredentials: "whose credential it reads with: `secret` (needs one), `pod` (`roleArn`, assumed with the token of the pod's service account), `driver` (the worker's own; inline only where `--driver-credentials` allows it). Without it: the Secret where there is one, else, inline, nobody's, and of a StorageClass the worker's own",
+	keyRoleARN:     "with `credentials: pod`: the role, `arn:aws:iam::ACCOUNT:role/NAME`",
+	keySTSEndpoint: "with `credentials: pod`: the token service, `http[s]://host[:port]`; AWS's of the `region` without one. Inline: only one of `--sts-endpoint`",
 }
 
 // ParameterTable has all parameters, with what a volume gets that has a source only.

@@ -39,7 +39,7 @@ const (
 
 var parameterNames = []string{
 	keySource, keyPath, keyEndpoint, keyRegion, keyPathStyle, keyLayout, keyFreshness, keyComplete,
-	keyBinding, keyUID, keyGID, keyFileMode, keyDirMode,
+	keyBinding, keyUID, keyGID, keyFileMode, keyDirMode, keyCredentials, keyRoleARN, keySTSEndpoint,
 }
 
 // Keys of the Secret, as a pod would get them with envFrom.
@@ -117,6 +117,8 @@ const (
 type rules struct {
 	fileRoot        string              // "" allows no file:// source
 	inlineEndpoints map[string]struct{} // normalised
+	stsEndpoints    map[string]struct{} // that inline volumes may name; normalised
+	driver          []driverRule
 }
 
 func newRules(fileRoot string, inlineEndpoints []string) (rules, error) {
@@ -180,7 +182,11 @@ func (r rules) parse(volumeID string, attrs, secrets map[string]string) (request
 	if strings.HasPrefix(q.Source, fileScheme) {
 		q.Credentials = brokerwire.Credentials{}
 	}
+	p.tenant(&q, secrets)
 	if err := p.err(); err != nil {
+		return request{}, err
+	}
+	if err := r.mayUseDriver(q, attrs); err != nil {
 		return request{}, err
 	}
 	return q, nil
@@ -213,7 +219,7 @@ func (q request) context() map[string]string {
 	if q.Region != "" {
 		m[keyRegion] = q.Region
 	}
-	return m
+	return q.withTenant(m)
 }
 
 // withGroup is the volume as members of a pod's fsGroup can read it; "" changes nothing.
@@ -356,7 +362,7 @@ func (p *parser) s3Source(s string) string {
 	if prefix == "" {
 		return s3Scheme + bucket
 	}
-	if err := checkSegments(prefix); err != nil {
+	if err := checkEscaped(prefix); err != nil {
 		p.add("%s: prefix: %v", keySource, err)
 		return ""
 	}
@@ -376,7 +382,11 @@ func (p *parser) fileSource(s string) string {
 	if path != "/" {
 		path = strings.TrimSuffix(path, "/")
 	}
-	if err := checkAbs(path); err != nil {
+	err := checkAbs(path)
+	if err == nil && path != "/" {
+		err = checkEscaped(path[1:])
+	}
+	if err != nil {
 		p.add("%s: %v", keySource, err)
 		return ""
 	}
@@ -422,6 +432,27 @@ func checkSegments(path string) error {
 		case len(segment) > maxSegment:
 			return fmt.Errorf("a segment longer than %d bytes", maxSegment)
 		}
+	}
+	return nil
+}
+
+// checkEscaped is checkSegments for the path of a URL: what its escapes stand for is checked as well.
+func checkEscaped(path string) error {
+	if err := checkSegments(path); err != nil {
+		return err
+	}
+	if strings.ContainsAny(path, "?#") {
+		return fmt.Errorf("a '?' or '#', which ends the path of a URL; write %%3F or %%23")
+	}
+	plain, err := url.PathUnescape(path)
+	if err != nil {
+		return fmt.Errorf("a '%%' that begins no escape; write %%25")
+	}
+	if strings.Count(plain, "/") != strings.Count(path, "/") {
+		return fmt.Errorf("an escaped slash (%%2F)")
+	}
+	if err := checkSegments(plain); err != nil {
+		return fmt.Errorf("escaped: %v", err)
 	}
 	return nil
 }

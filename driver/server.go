@@ -44,6 +44,11 @@ type Config struct {
 	FileRoot        string   // file:// sources must be below it; "" allows none
 	InlineEndpoints []string // endpoints that inline volumes may name
 
+	// Inline volumes of a Kubernetes namespace that may read with the worker's own credential:
+	// NAMESPACE=s3://bucket/prefix[,endpoint=URL].
+	DriverCredentials []string
+	STSEndpoints      []string // token services, beside AWS's own, that inline volumes may name
+
 	// KubeletDir is the kubelet's root directory, for the health of volumes; "" looks at no pods.
 	KubeletDir string
 	Pods       Pods // nil outside of a cluster
@@ -80,10 +85,16 @@ func (c Config) Validate() error {
 	if c.KubeletDir != "" && !filepath.IsAbs(c.KubeletDir) {
 		errs = append(errs, fmt.Errorf("csi node: the kubelet's directory %q is not an absolute path", c.KubeletDir))
 	}
-	if _, err := newRules(c.FileRoot, c.InlineEndpoints); err != nil {
+	if _, err := c.rules(); err != nil {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+func (c Config) rules() (rules, error) {
+	r, err := newRules(c.FileRoot, c.InlineEndpoints)
+	err = errors.Join(err, r.allow(c.DriverCredentials, c.STSEndpoints))
+	return r, err
 }
 
 func (c Config) socket() (string, error) {
@@ -118,7 +129,7 @@ func New(cfg Config, volumes Volumes, broker Broker, stats Stats) (*Server, erro
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	rules, err := newRules(cfg.FileRoot, cfg.InlineEndpoints)
+	rules, err := cfg.rules()
 	if err != nil {
 		return nil, err
 	}

@@ -40,6 +40,12 @@ type Volume struct {
 	// that has lost its memory learns it from the workers.
 	Attributes string `json:"attributes,omitempty"`
 
+	CredentialsOf  CredentialsOf `json:"credentialsOf,omitempty"`
+	RoleARN        string        `json:"roleARN,omitempty"`        // to assume as the pod
+	STSEndpoint    string        `json:"stsEndpoint,omitempty"`    // of the token service; "" means AWS
+	ServiceAccount string        `json:"serviceAccount,omitempty"` // namespace/name: whose token Credentials has; "" while no pod is known
+	Proven         bool          `json:"proven,omitempty"`         // written by the broker: a worker was given a session of the role for this account
+
 	Credentials Credentials `json:"-"` // so that nothing that encodes a volume tells them; see sealed
 	Secrets     Secrets     `json:"-"` // those of the mounts that a Path shows
 }

@@ -90,7 +90,7 @@ type part struct {
 // Open parses the source of a volume that has one. It asks the store nothing; see Check.
 func Open(v brokerwire.Volume, deps Deps) (*Dataset, error) {
 	d := newDataset(v, deps)
-	p, err := d.open("", v, v.Credentials.IsZero() && !v.Inline)
+	p, err := d.open("", v, v.Ambient())
 	if err != nil {
 		return nil, err
 	}
@@ -136,6 +136,8 @@ func (d *Dataset) open(at string, v brokerwire.Volume, ambient bool) (*part, err
 func (d *Dataset) Check(ctx context.Context) error {
 	p := d.parts[""]
 	switch {
+	case d.volume.CredentialsOf == brokerwire.CredentialsPod && d.volume.Credentials.IsZero():
+		return nil // whether it can be will be known when a pod has brought its token
 	case p == nil && len(d.parts) == 0:
 		return d.none
 	case p == nil:

@@ -107,7 +107,7 @@ func (d *Dataset) tryMount(np namespace.Part, who namespace.Who, allows func(rec
 // worker's own credential is not for them.
 func (d *Dataset) openSpec(np namespace.Part) (*part, error) {
 	v, m := d.volume, np.Mount
-	ambient := v.Credentials.IsZero() && !v.Inline
+	ambient := v.Ambient()
 	if m.Credential != "" {
 		c, err := d.deps.Sources.Credential(m.Credential, v)
 		if err != nil {

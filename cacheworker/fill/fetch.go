@@ -125,7 +125,7 @@ func (f *Fills) run(ctx context.Context, ft *fetch) {
 	f.mu.Unlock()
 	f.budget.give(paid, 0) // of chunks that were given up meanwhile
 	if err := f.get(ctx, ft); err != nil {
-		if errors.Is(err, object.ErrDenied) {
+		if object.Refused(err) {
 			f.Revoke(ft.principal, ft.obj.Store)
 		}
 		f.fail(ft, err)

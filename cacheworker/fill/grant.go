@@ -2,7 +2,6 @@ package fill
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -115,7 +114,7 @@ func (f *Fills) startHead(ctx context.Context, key headKey, obj object.Object, s
 func (f *Fills) ask(ctx context.Context, key headKey, obj object.Object, src source.Source) error {
 	asked := time.Now()
 	now, err := src.Head(ctx, obj.Key)
-	if errors.Is(err, object.ErrDenied) {
+	if object.Refused(err) {
 		f.Revoke(key.principal, obj.Store)
 	}
 	if err != nil {

@@ -95,7 +95,7 @@ func (v *View) start(ctx context.Context, key flightKey, call func(context.Conte
 	go func() { // ends with the request; those who wait for done, or its cancel, wait for it
 		defer fl.cancel()
 		seg, err := call(ctx)
-		if errors.Is(err, object.ErrDenied) {
+		if object.Refused(err) {
 			c.denied(v.t)
 		}
 		c.mu.Lock()
@@ -106,7 +106,7 @@ func (v *View) start(ctx context.Context, key flightKey, call func(context.Conte
 				fresh = f.scan.news(f, seg)
 			}
 			c.insert(key.t, key.dir, seg)
-		} else if errors.Is(err, object.ErrDenied) && key.kind == "list" {
+		} else if object.Refused(err) && key.kind == "list" {
 			c.listDenied(key.t, key.dir)
 		}
 		if c.flights[key] == fl {

@@ -169,7 +169,7 @@ func (c *Cache) Stats() Stats {
 // keys is an empty folder where the store has no folders of its own.
 func (v *View) Check(ctx context.Context, prefix string) error {
 	_, err := v.src.List(ctx, source.ListInput{Prefix: prefix, Max: 1})
-	if errors.Is(err, object.ErrDenied) {
+	if object.Refused(err) {
 		v.c.denied(v.t)
 	}
 	if err != nil {

@@ -23,6 +23,7 @@ var (
 	ErrNotFound    = errors.New("object not found")
 	ErrChanged     = errors.New("object version changed")       // If-Match failed, or truncated in place: look the name up again
 	ErrDenied      = errors.New("access denied by the store")   // 401, 403: the credential may not
+	ErrExpired     = errors.New("the credential has expired")   // beside ErrDenied: the store was not asked
 	ErrUnavailable = errors.New("store unavailable")            // 5xx, network, timeout after all retries
 	ErrNoSpace     = errors.New("no room in the cache")         // read through instead
 	ErrBusy        = errors.New("try again")                    // no connection or capacity now
@@ -30,6 +31,10 @@ var (
 	ErrInvalid     = errors.New("invalid argument")             // the text says which and how to mend it
 	ErrIncomplete  = errors.New("cache file is not complete")   // no descriptor of it can be given away yet
 )
+
+// Refused reports whether the store itself refused the credential, which loses its grants by that. A credential
+// that could not be renewed has been refused nothing.
+func Refused(err error) bool { return errors.Is(err, ErrDenied) && !errors.Is(err, ErrExpired) }
 
 // Store identifies an under store: scheme, endpoint and bucket or root, in one canonical
 // text ("s3://endpoint-host:port/bucket", "file:///root"). Mounts, volumes and credentials are no part of it.

@@ -20,6 +20,16 @@ func Ambient(nodeKey []byte) object.Principal {
 	return mac(nodeKey, "ambient")
 }
 
+// Role is the principal of a role that a token service gave a session of: whoever may assume it.
+func Role(nodeKey []byte, tokenService, role string) object.Principal {
+	return mac(nodeKey, "role", tokenService, role)
+}
+
+// Unproven is the principal of a volume of which nobody knows yet whether it may assume its role. It has no grants.
+func Unproven(nodeKey []byte, volume string) object.Principal {
+	return mac(nodeKey, "unproven", volume)
+}
+
 // mac hashes each part with its length before it, so that no two lists of parts run together.
 func mac(nodeKey []byte, parts ...string) object.Principal {
 	h := hmac.New(sha256.New, nodeKey)

@@ -60,6 +60,7 @@ func csiNodeCommand() *cobra.Command {
 			f.StringVar(&n.daemonSet, "daemonset", "", "`namespace/name` of the DaemonSet that runs this: if it is gone when this is told to stop, volumes in use are waited for")
 			f.DurationVar(&n.drain, "drain-timeout", time.Minute, "how long, when told to stop, to wait for a worker that holds all mounts")
 			sourceFlags(f, &n.driver.FileRoot, &n.driver.InlineEndpoints)
+			tenantFlags(f, &n.driver.DriverCredentials, &n.driver.STSEndpoints)
 			n.cluster.flags(f)
 		},
 		func(ctx context.Context, log *slog.Logger) error {

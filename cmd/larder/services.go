@@ -291,6 +291,12 @@ func sourceFlags(f *pflag.FlagSet, fileRoot *string, inlineEndpoints *[]string) 
 	f.StringArrayVar(inlineEndpoints, "inline-endpoint", nil, "S3 endpoint `URL` that inline volumes may name (repeated)")
 }
 
+func tenantFlags(f *pflag.FlagSet, driverCredentials, stsEndpoints *[]string) {
+	f.StringArrayVar(driverCredentials, "driver-credentials", nil,
+		"`NAMESPACE=s3://bucket/prefix[,endpoint=URL]`: inline volumes of pods of that Kubernetes namespace may read there with the worker's own credential (repeated)")
+	f.StringArrayVar(stsEndpoints, "sts-endpoint", nil, "token service `URL`, beside AWS's own, that inline volumes may name (repeated)")
+}
+
 // node is the CSI server of a node and what it talks to.
 type node struct {
 	srv    *driver.Server

@@ -47,6 +47,8 @@ type up struct {
 	features  cacheworker.Features
 	listens   listens
 
+	driverCredentials, stsEndpoints []string
+
 	log     *slog.Logger
 	hurried context.Context // done after a second signal
 	upgrade chan os.Signal  // tells to replace the worker
@@ -73,6 +75,7 @@ SIGHUP replaces the worker by one from the binary that is on disk now; readers d
 			f.StringVar(&u.listens.profiles, "pprof", "", "loopback `address` of this process's /debug/pprof/; worker and broker have theirs at DIR/run/*-pprof.sock then; empty for none")
 			f.Int64Var(&u.workerUID, "worker-uid", -1, "user `id` that the worker runs as, without capabilities; it owns the tiers (default the owner of --file-root, else 65534)")
 			sourceFlags(f, &u.fileRoot, &u.endpoints)
+			tenantFlags(f, &u.driverCredentials, &u.stsEndpoints)
 			f.DurationVar(&u.deadline, "takeover-deadline", 10*time.Minute, "how long readers wait for a worker before their mount is given up")
 			featureFlags(f, &u.features)
 		},
@@ -298,6 +301,7 @@ func (u *up) runCSI(ctx context.Context) error {
 	n, err := newNode(driver.Config{
 		Endpoint: "unix://" + filepath.Join(u.dir, "csi.sock"), Version: version, Controller: true, Node: true,
 		NodeID: u.nodeName, RunDir: u.runDir(), FileRoot: u.fileRoot, InlineEndpoints: u.endpoints,
+		DriverCredentials: u.driverCredentials, STSEndpoints: u.stsEndpoints,
 		Ready: func(ctx context.Context) error { _, err := m.Status(ctx); return err },
 		Log:   u.log.With("part", "csi"),
 	}, u.runDir(), m)

@@ -191,6 +191,8 @@ var edits = map[string][]edit{
 	"node.yaml": append(placement("wherever a pod may run; the startup taint among them"),
 		list("        - --metrics-listen=:9812\n", "node.extraArgs", "{{ . }}"),
 		list("        - --metrics-listen=:9812\n", "inlineEndpoints", "--inline-endpoint={{ . }}"),
+		list("        - --metrics-listen=:9812\n", "driverCredentials", "--driver-credentials={{ . }}"),
+		list("        - --metrics-listen=:9812\n", "stsEndpoints", "--sts-endpoint={{ . }}"),
 		resources("node", "cpu: 10m, memory: 64Mi", "memory: 512Mi"),
 		edit{6, "/var/lib/kubelet", "{{ .Values.kubeletDir }}"},
 	),

@@ -46,12 +46,16 @@ func (b *Broker) mountVolume(ctx context.Context, in brokerwire.Message) error {
 	if err != nil {
 		return err
 	}
+	in.Volume.Proven = false // that is for us to say
 	m, err := mountFUSE(b.cfg.Name, *in.Volume, in.Path)
 	if err != nil {
 		return err
 	}
 	if err = b.held.Add(m); err == nil {
 		err = b.held.Serve(ctx, m, s)
+	}
+	if err == nil {
+		err = m.Prove()
 	}
 	if err != nil {
 		err = errors.Join(err, unix.Unmount(m.Path, unix.MNT_DETACH))

@@ -286,17 +286,37 @@ func (ms *Mounts) Refresh(ctx context.Context, m *Mount, v *brokerwire.Volume, k
 	if v == nil || v.ID != m.ID {
 		return fmt.Errorf("refresh: volume %q itself is needed: %w", m.ID, object.ErrInvalid)
 	}
-	now := *v
+	before, now := m.Record.State().Volume, *v
+	now.Proven = before.Proven && before.ServiceAccount == now.ServiceAccount
 	if keep {
-		now.Credentials = m.Record.State().Volume.Credentials
+		now.Credentials = before.Credentials
 	}
-	if m.Record.State().Volume == now {
+	if before == now && !now.Unproven() {
 		return nil
 	}
 	if err := m.Record.Update(func(s *brokerwire.State) { s.Volume = now }); err != nil {
 		return err
 	}
-	return ms.tell(ctx, brokerwire.Message{Verb: brokerwire.Reload, Mount: m.ID})
+	reload := brokerwire.Message{Verb: brokerwire.Reload, Mount: m.ID}
+	if !now.Unproven() {
+		return ms.tell(ctx, reload)
+	}
+	s, err := ms.Worker(ctx) // the next one would not prove it
+	if err == nil {
+		_, _, err = s.Call(ctx, reload)
+	}
+	if err != nil {
+		return err
+	}
+	return m.Prove()
+}
+
+// Prove notes that a worker was given a session for a volume that reads as its pod, for the workers that follow.
+func (m *Mount) Prove() error {
+	if !m.Record.State().Volume.Unproven() {
+		return nil
+	}
+	return m.Record.Update(func(s *brokerwire.State) { s.Volume.Proven = true })
 }
 
 // tell is for what the next worker reads in the memfd, if there is none now.

@@ -186,6 +186,9 @@ var userinfo = regexp.MustCompile(`://[^/?#]*@`)
 // checkSecret refuses what looks like a credential. The error never holds the value.
 func checkSecret(key, value string) error {
 	low := strings.ToLower(key)
+	if key == "credentials" && (value == "secret" || value == "pod" || value == "driver") {
+		return nil // whose they are
+	}
 	for _, w := range secretWords {
 		if strings.Contains(low, w) {
 			return errors.New("looks like a credential, which belongs in a Secret")

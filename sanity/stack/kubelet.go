@@ -1,6 +1,7 @@
 package stack
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -52,6 +53,8 @@ type PublishInput struct {
 	Inline     bool              // ephemeral: nothing but NodePublishVolume is called
 	ReadOnly   bool              // of the pod's volumeMount
 	FSGroup    string            // of the pod's security context
+	Namespace  string            // of the pod; "" means default
+	Tokens     string            // of its service account, as the kubelet writes them where the CSIDriver has tokenRequests; "" for none
 }
 
 // Volume is one that exists in the driver and what has been done with it.
@@ -211,14 +214,18 @@ func (k *Kubelet) PublishPod(ctx context.Context, v *Volume, pod string) (string
 	if !slices.Contains(v.Targets, target) {
 		v.Targets = append(v.Targets, target)
 	}
-	attributes := map[string]string{
+	attributes := map[string]string{}
+	maps.Copy(attributes, v.Context)
+	maps.Copy(attributes, map[string]string{ // they win
 		"csi.storage.k8s.io/pod.name":            pod,
-		"csi.storage.k8s.io/pod.namespace":       "default",
+		"csi.storage.k8s.io/pod.namespace":       cmp.Or(v.Namespace, "default"),
 		"csi.storage.k8s.io/pod.uid":             uid,
 		"csi.storage.k8s.io/serviceAccount.name": "default",
 		"csi.storage.k8s.io/ephemeral":           fmt.Sprint(v.Inline),
+	})
+	if v.Tokens != "" {
+		attributes["csi.storage.k8s.io/serviceAccount.tokens"] = v.Tokens
 	}
-	maps.Copy(attributes, v.Context)
 	_, err = node.NodePublishVolume(ctx, &csi.NodePublishVolumeRequest{
 		VolumeId:          v.ID,
 		StagingTargetPath: v.Staging,

@@ -23,6 +23,7 @@ type TransportConfig struct {
 	RefuseLoopback  bool                                  // connect to no loopback address
 	RefuseLinkLocal bool                                  // connect to no link-local one, where clouds keep their metadata
 	MaxIdlePerHost  int                                   // 0 means 256
+	Resolver        *net.Resolver                         // nil means the system's
 }
 
 // NewTransport makes connections that suit many ranged GETs at once. Addresses are refused
@@ -31,7 +32,7 @@ func NewTransport(cfg TransportConfig) *http.Transport {
 	if cfg.MaxIdlePerHost == 0 {
 		cfg.MaxIdlePerHost = 256
 	}
-	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second, Control: cfg.control}
+	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second, Control: cfg.control, Resolver: cfg.Resolver}
 	return &http.Transport{
 		Proxy:               cfg.Proxy,
 		DialContext:         dialer.DialContext,

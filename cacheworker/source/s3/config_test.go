@@ -1,11 +1,16 @@
 package s3
 
 import (
+	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/larderfs/larder/cacheworker/object"
@@ -119,5 +124,98 @@ func TestTransportRefusesLocalAddresses(t *testing.T) {
 		if _, err := s.Head(t.Context(), "a"); !errors.Is(err, object.ErrInvalid) || !strings.Contains(err.Error(), "address") {
 			t.Errorf("%s: %v", host, err)
 		}
+	}
+}
+
+// A name may lead to another address each time it is asked for.
+func TestANameThatIsBoundAnewLeadsNowhere(t *testing.T) {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNotFound) }))
+	defer srv.Close()
+	port := srv.URL[strings.LastIndex(srv.URL, ":"):]
+	var answer atomic.Value
+	tr := NewTransport(TransportConfig{RefuseLinkLocal: true, Resolver: resolver(t, &answer)})
+	s, err := New(Config{Bucket: "bucket", Endpoint: "http://rebound.test" + port, PathStyle: true, NodeKey: []byte("n"), Transport: tr})
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer.Store([4]byte{127, 0, 0, 1})
+	if _, err := s.Head(t.Context(), "a"); !errors.Is(err, object.ErrNotFound) {
+		t.Fatalf("at its first address: %v", err)
+	}
+	answer.Store([4]byte{169, 254, 169, 254})
+	tr.CloseIdleConnections()
+	if _, err := s.Head(t.Context(), "a"); !errors.Is(err, object.ErrInvalid) || !strings.Contains(err.Error(), "link-local address 169.254.169.254") {
+		t.Errorf("at its second address: %v", err)
+	}
+}
+
+// resolver says for each name the address that it is given.
+func resolver(t *testing.T, answer *atomic.Value) *net.Resolver {
+	return &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+		here, there := net.Pipe()
+		go func() { // ends with the resolver's connection
+			defer there.Close()
+			for {
+				var head [2]byte
+				if _, err := io.ReadFull(there, head[:]); err != nil {
+					return
+				}
+				q := make([]byte, binary.BigEndian.Uint16(head[:]))
+				if _, err := io.ReadFull(there, q); err != nil {
+					return
+				}
+				end := 12
+				for q[end] != 0 {
+					end += int(q[end]) + 1
+				}
+				end += 5 // the name's end, type and class
+				isA := binary.BigEndian.Uint16(q[end-4:]) == 1
+				a := append(append([]byte{}, q[:2]...), 0x81, 0x80, 0, 1, 0, 0, 0, 0, 0, 0)
+				a = append(a, q[12:end]...)
+				if addr := answer.Load().([4]byte); isA {
+					a[7] = 1
+					a = append(append(a, 0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 0, 0, 4), addr[:]...)
+				}
+				if _, err := there.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(a))), a...)); err != nil {
+					return
+				}
+			}
+		}()
+		return here, nil
+	}}
+}
+
+// Nor does a store's or token service's redirect.
+func TestARedirectToALinkLocalAddressIsNotFollowed(t *testing.T) {
+	var asked atomic.Int64
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		http.Redirect(w, r, "http://169.254.169.254/latest/meta-data/iam/security-credentials/", http.StatusTemporaryRedirect)
+	}))
+	defer srv.Close()
+	var dialed atomic.Value
+	tr := NewTransport(TransportConfig{})
+	dial := tr.DialContext
+	tr.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		dialed.Store(addr)
+		return dial(ctx, network, addr)
+	}
+	s, err := New(Config{Bucket: "bucket", Endpoint: srv.URL, PathStyle: true, NodeKey: []byte("n"), Transport: tr})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Head(t.Context(), "a"); !errors.Is(err, object.ErrInvalid) {
+		t.Errorf("head: %v", err)
+	}
+	session, err := NewSession(SessionConfig{RoleARN: "arn:aws:iam::1:role/r", Name: "n2", Endpoint: srv.URL, Transport: tr})
+	if err != nil {
+		t.Fatal(err)
+	}
+	session.SetToken("canary")
+	if err := session.Prove(t.Context()); !errors.Is(err, object.ErrInvalid) || strings.Contains(err.Error(), "canary") {
+		t.Errorf("session: %v", err)
+	}
+	if asked.Load() < 2 || dialed.Load() != strings.TrimPrefix(srv.URL, "http://") {
+		t.Errorf("asked %d times; dialed %v last", asked.Load(), dialed.Load())
 	}
 }

@@ -69,6 +69,10 @@ func (s *Source) wrap(ctx context.Context, kind source.Kind, what string, err er
 	} else if cause != nil {
 		return fmt.Errorf("%s %q in %s: %w", kind, what, s.where, cause)
 	}
+	var session *sessionError
+	if errors.As(err, &session) {
+		return fmt.Errorf("%s %q in %s: %w", kind, what, s.where, session)
+	}
 	var api smithy.APIError
 	var resp *smithyhttp.ResponseError
 	code, status := "", 0
@@ -235,7 +239,7 @@ func decidedHere(err error) aws.Ternary {
 	var dns *net.DNSError
 	var resp *smithyhttp.ResponseError
 	switch {
-	case errors.Is(err, object.ErrInvalid), errors.Is(err, object.ErrUnavailable):
+	case errors.Is(err, object.ErrInvalid), errors.Is(err, object.ErrUnavailable), errors.Is(err, object.ErrDenied):
 		return aws.FalseTernary
 	case errors.As(err, &dns):
 		return aws.TrueTernary

@@ -37,6 +37,10 @@ type Config struct {
 	Ambient     bool        // find the credential as the AWS tools do: environment, files, metadata service
 	NodeKey     []byte      // of the principal
 
+	Session *Session // in place of both: a role's
+	Proven  bool     // the session's principal is the role; else it is nobody
+	Volume  string   // whose session it is
+
 	RequestTimeout time.Duration // until the answer begins; 0 means 20s
 	IdleTimeout    time.Duration // of waiting for a body's next 256 KiB; 0 means 15s
 	Patience       time.Duration // of all attempts of a request, waits between them included; 0 means 60s
@@ -166,8 +170,8 @@ func (c Config) validate() (host string, err error) {
 	if (c.Credentials.AccessKeyID == "") != (c.Credentials.SecretAccessKey == "") {
 		bad("an access key id and a secret access key go together; only one was given")
 	}
-	if c.Ambient && c.Credentials != (Credentials{}) {
-		bad("credentials were given although the worker's own were asked for")
+	if (c.Ambient || c.Session != nil) && c.Credentials != (Credentials{}) {
+		bad("credentials were given although the worker's own, or a role's, were asked for")
 	}
 	host, err = EndpointHost(c.Endpoint, c.Region)
 	if err != nil {
@@ -200,6 +204,10 @@ func EndpointHost(endpoint, region string) (string, error) {
 func (c Config) credential() (aws.CredentialsProvider, object.Principal, error) {
 	k := c.Credentials
 	switch {
+	case c.Session != nil && !c.Proven:
+		return unproven{}, c.Session.principal(c.NodeKey, false, c.Volume), nil
+	case c.Session != nil:
+		return c.Session, c.Session.principal(c.NodeKey, true, c.Volume), nil
 	case c.Ambient:
 		// Only the credential is taken from the environment, never an endpoint or a region.
 		found, err := config.LoadDefaultConfig(context.Background(), config.WithRegion(c.Region))
