@@ -26,7 +26,7 @@ func TestTheNamespaceIsShownWithoutAVolume(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(dir, "run"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	w, err := cacheworker.New(cacheworker.Config{Node: "n", TierDir: t.TempDir(), CapacityBytes: 1 << 30, Master: target, FileRoot: root,
+	w, err := cacheworker.New(cacheworker.Config{Node: "n", Tiers: []cacheworker.Tier{{Dir: t.TempDir(), CapacityBytes: 1 << 30}}, Master: target, FileRoot: root,
 		BrokerSocket: filepath.Join(dir, "run/broker.sock"), ControlSocket: filepath.Join(dir, "run/worker.sock"), Version: "test", Log: logger(t)})
 	if err != nil {
 		t.Fatal(err)
