@@ -35,6 +35,10 @@ const (
 	keyGID       = "gid"
 	keyFileMode  = "fileMode"
 	keyDirMode   = "dirMode"
+
+	keyCredentials = "credentials"
+	keyRoleARN     = "roleArn"
+	keySTSEndpoint = "stsEndpoint"
 )
 
 var parameterNames = []string{

@@ -13,13 +13,6 @@ import (
 	"github.com/larderfs/larder/cacheworker/object"
 )
 
-// Parameters that say whose credential a volume reads with.
-const (
-	keyCredentials = "credentials"
-	keyRoleARN     = "roleArn"
-	keySTSEndpoint = "stsEndpoint"
-)
-
 // What the kubelet says of the pod's service account: its name, and, where the CSIDriver has tokenRequests, a
 // token for each audience.
 const (

@@ -107,7 +107,15 @@ func (b *Broker) Mounts() *takeover.Mounts { return b.held }
 // Run serves the socket until ctx ends.
 func (b *Broker) Run(ctx context.Context) error {
 	for i, dir := range b.cfg.TierDirs {
-		if err := b.addTier(i, dir); err != nil {
+		var st unix.Stat_t
+		if err := unix.Stat(dir, &st); err != nil {
+			return fmt.Errorf("tier %s: %w", dir, err)
+		}
+		b.devs = append(b.devs, st.Dev)
+		if len(b.cfg.ViewDirs) == 0 {
+			continue
+		}
+		if err := makeView(dir, b.cfg.ViewDirs[i]); err != nil {
 			return err
 		}
 	}
@@ -121,18 +129,6 @@ func (b *Broker) Run(ctx context.Context) error {
 	}
 	b.held.Close()
 	return err
-}
-
-func (b *Broker) addTier(i int, dir string) error {
-	var st unix.Stat_t
-	if err := unix.Stat(dir, &st); err != nil {
-		return fmt.Errorf("tier %s: %w", dir, err)
-	}
-	b.devs = append(b.devs, st.Dev)
-	if len(b.cfg.ViewDirs) == 0 {
-		return nil
-	}
-	return makeView(dir, b.cfg.ViewDirs[i])
 }
 
 // admit says who may be what.
