@@ -28,8 +28,8 @@ func (f *File) MarkUnread(i int) {
 	}
 }
 
-// Unmark takes the mark of chunk i away.
-func (f *File) Unmark(i int) { f.s.unmark(f.e, i) }
+// Unmark takes the mark of chunk i away, and returns the chunk's bytes if there was one. It may be called after Close.
+func (f *File) Unmark(i int) int64 { return f.s.unmark(f.e, i) }
 
 func (s *Store) unmark(e *entry, i int) (bytes int64) {
 	marks := e.unread.Load()

@@ -34,8 +34,9 @@ type chunk struct {
 	over bool   // all here, or err
 	left bool   // no longer in the map: stored, failed or forgotten
 
-	passed bool        // somebody has read its last byte
-	asked  atomic.Bool // somebody has got bytes of it
+	passed bool                            // somebody has read its last byte
+	asked  atomic.Bool                     // somebody has got bytes of it
+	marked atomic.Pointer[cachestore.File] // with a mark that is not counted yet; unmarked where there will be none
 
 	wake chan struct{} // closed when n reaches need, or over, or left; nil if nobody waits
 	need int
@@ -293,14 +294,18 @@ func (f *Fills) write(ft *fetch) {
 	}
 }
 
-// put writes the chunk to the disk, marked if nobody has asked for it.
+// put writes the chunk to the disk, marked if nobody has asked for it. From then on whoever takes the mark away
+// counts the chunk: it may be read there and in memory at the same time.
 func (c *chunk) put(file *cachestore.File) error {
 	if !c.unasked() {
 		return file.Put(c.key.i, c.buf)
 	}
 	file.MarkUnread(c.key.i)
+	if !c.marked.CompareAndSwap(nil, file) { // asked for meanwhile
+		file.Unmark(c.key.i)
+	}
 	err := file.Put(c.key.i, c.buf)
-	if err != nil || !c.unasked() {
+	if err != nil && c.marked.CompareAndSwap(file, nil) {
 		file.Unmark(c.key.i)
 	}
 	return err
@@ -309,11 +314,19 @@ func (c *chunk) put(file *cachestore.File) error {
 // unasked reports whether the chunk was fetched before anybody asked for it, and nobody has since.
 func (c *chunk) unasked() bool { return c.fetch.class != foreground && !c.asked.Load() }
 
+// unmarked is a chunk that is counted already.
+var unmarked cachestore.File
+
 // got notes that a reader has bytes of the chunk.
 func (f *Fills) got(c *chunk) {
-	if !c.asked.Load() && !c.asked.Swap(true) && c.fetch.class != foreground {
-		f.count.foreseen.Add(uint64(c.size))
+	if c.asked.Load() || c.asked.Swap(true) || c.fetch.class == foreground {
+		return
 	}
+	bytes := int64(c.size)
+	if file := c.marked.Swap(&unmarked); file != nil {
+		bytes = file.Unmark(c.key.i)
+	}
+	f.count.foreseen.Add(uint64(bytes))
 }
 
 // written ends the fetch of a whole chunk, which is on the disk unless err says why not.
