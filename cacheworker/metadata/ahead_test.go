@@ -189,7 +189,7 @@ func TestNothingIsAskedForBehindTheKnownEnd(t *testing.T) {
 		w, v := newWide(map[string]names{"d/": {pages * page, func(i int) string { return fmt.Sprintf("part-%06d", i) }}})
 		w.page = page
 		read(t, v, "d/", time.Hour)
-		if lists, _, _ := w.reset(); lists > pages+3 {
+		if lists, _, _ := w.reset(); lists > pages+8 {
 			t.Errorf("%d LISTs for %d pages", lists, pages)
 		}
 	})
