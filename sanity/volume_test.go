@@ -199,10 +199,13 @@ func (a *apart) start(name string) {
 		"controller": {"csi", "controller", "--endpoint", "unix://" + filepath.Join(run, "ctl.sock"), "--master", master, "--metrics-listen", ""},
 		"node": {"csi", "node", "--endpoint", "unix://" + filepath.Join(run, "node.sock"), "--run-dir", run, "--tier-dir", filepath.Join(a.dir, "tier"),
 			"--view", filepath.Join(run, "view"), "--node-name", "n1", "--metrics-listen", "", "--inline-endpoint", a.inline},
-		"worker": {"worker", "--run-dir", run, "--tier", filepath.Join(a.dir, "tier") + ":4GiB", "--view", filepath.Join(run, "view"),
+		"worker": {"worker", "--run-dir", run, "--view", filepath.Join(run, "view"),
 			"--node-name", "n1", "--master", master, "--metrics-listen", "unix://" + filepath.Join(run, "worker-metrics.sock")},
 	}[name]
 	if name == "worker" { // as its init container would: the view has to be there
+		if !slices.ContainsFunc(a.more[name], func(arg string) bool { return strings.HasPrefix(arg, "--tier=") }) {
+			args = append(args, "--tier="+filepath.Join(a.dir, "tier")+":4GiB")
+		}
 		a.await(func() bool { return exec.Command("mountpoint", "-q", filepath.Join(run, "view")).Run() == nil })
 	}
 	for _, arg := range a.more[name] {
