@@ -58,6 +58,9 @@ func (w *Worker) workForMaster(ctx context.Context) error {
 	j := &jobs{w: w, master: c, slots: make(chan struct{}, jobsAtOnce), running: map[string]context.CancelCauseFunc{}}
 	var doing sync.WaitGroup
 	defer doing.Wait()
+	for w.mounts.ready(ctx) != nil && ctx.Err() == nil { // before, this node seems to have no volume of anything
+		sleep(ctx, redial)
+	}
 	for seen := int64(0); ctx.Err() == nil; {
 		todo, revision, err := c.Work(ctx, w.identity(), seen)
 		if seen = revision; err != nil {
