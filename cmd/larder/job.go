@@ -105,7 +105,7 @@ func startCommand(kind record.JobKind, cmd *cobra.Command) *cobra.Command {
 			spec.Nodes = strings.Split(nodes, ",")
 		}
 		return q.ask(cmd.Context(), func(ctx context.Context, m *client.Client) error {
-			j, err := m.CreateJob(ctx, spec)
+			j, err := createSoon(ctx, m, spec)
 			if err != nil {
 				return err
 			}
@@ -125,6 +125,23 @@ func startCommand(kind record.JobKind, cmd *cobra.Command) *cobra.Command {
 	f.BoolVar(&detach, "detach", false, "print the job's id and do not wait for its end")
 	return cmd
 }
+
+// createSoon waits a little for a master, or for the first worker, that is starting.
+func createSoon(ctx context.Context, m *client.Client, spec client.JobSpec) (client.Job, error) {
+	for deadline := time.Now().Add(createWithin); ; {
+		j, err := m.CreateJob(ctx, spec)
+		if !errors.Is(err, client.ErrUnavailable) || time.Now().After(deadline) {
+			return j, err
+		}
+		select {
+		case <-time.After(followEvery):
+		case <-ctx.Done():
+			return j, err
+		}
+	}
+}
+
+const createWithin = 10 * time.Second
 
 // follow shows the progress until the job ends, and then its end; a master that is away for a while is waited for. A job
 // that did not succeed is an error.
