@@ -29,7 +29,7 @@ type control struct {
 
 // serveControl leaves the socket's file when it ends: at a hand-over it is the next worker's by then.
 func serveControl(ctx context.Context, l net.Listener, w *Worker) error {
-	s := grpc.NewServer()
+	s := grpc.NewServer(w.cfg.Tracer.ServerOptions()...)
 	workerpb.RegisterWorkerServer(s, control{w: w})
 	defer context.AfterFunc(ctx, s.Stop)()
 	if err := s.Serve(identified{l}); err != nil && ctx.Err() == nil {

@@ -288,7 +288,7 @@ func (ms *mounts) adopt(rctx context.Context, m brokerwire.Message, files []*os.
 	init := files[2]
 	files[2] = nil
 	served, err := fusefs.Adopt(fusefs.Config{
-		Volume: st.Volume, Dataset: data, Broker: ms, Counters: &ms.w.counters, Log: ms.w.log,
+		Volume: st.Volume, Dataset: data, Broker: ms, Counters: &ms.w.counters, Tracer: ms.w.cfg.Tracer, Log: ms.w.log,
 		Features: fusefs.Features{Passthrough: !f.NoPassthrough && ms.w.cfg.hasViews(), Resend: !f.NoResend, Splice: !f.NoSplice},
 	}, files[0], files[1], init, m.Fresh, ms.w.store.UUID().String())
 	if err != nil {

@@ -62,6 +62,7 @@ type Config struct {
 	Standby  bool   // wait for the end of the worker that has the tiers, however long, instead of asking for them
 	Instance string // tells it from other workers that get the same tiers; "" for none
 
+	Tracer   *telemetry.Tracer // nil traces nothing
 	Features Features
 	Alone    *Alone // nil serves mounts
 	Version  string
@@ -298,7 +299,7 @@ func (w *Worker) reportToMaster(ctx context.Context) error {
 	if w.cfg.Master == "" {
 		return nil
 	}
-	c, err := client.New(client.Config{Target: w.cfg.Master, Changed: w.users.changed, Log: w.log})
+	c, err := client.New(client.Config{Target: w.cfg.Master, Changed: w.users.changed, Tracer: w.cfg.Tracer, Log: w.log})
 	if err != nil {
 		return err
 	}

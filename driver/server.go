@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/cacheworker/telemetry"
 )
 
 const (
@@ -61,7 +62,8 @@ type Config struct {
 	Ready func(context.Context) error
 	// CallTimeout bounds a call whose caller set no deadline; 0 means 2 minutes.
 	CallTimeout time.Duration
-	Log         *slog.Logger // nil means none
+	Tracer      *telemetry.Tracer // nil traces nothing
+	Log         *slog.Logger      // nil means none
 }
 
 // Validate reports all mistakes at once.
@@ -139,10 +141,10 @@ func New(cfg Config, volumes Volumes, broker Broker, stats Stats) (*Server, erro
 	}
 	s := &Server{cfg: cfg, socket: socket}
 	calls := calls{log: cfg.Log, timeout: cfg.CallTimeout, counters: &s.counters}
-	s.grpc = grpc.NewServer(
+	s.grpc = grpc.NewServer(append(cfg.Tracer.ServerOptions(),
 		grpc.UnaryInterceptor(calls.serve),
 		grpc.WaitForHandlers(true),
-	)
+	)...)
 	csi.RegisterIdentityServer(s.grpc, identity{cfg: cfg})
 	if cfg.Controller {
 		csi.RegisterControllerServer(s.grpc, &controller{rules: rules, volumes: volumes})

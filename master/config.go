@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/larderfs/larder/cacheworker/telemetry"
 )
 
 // Config is all that a master needs. Either Dir or EtcdEndpoints is required, and Listen.
@@ -33,10 +35,11 @@ type Config struct {
 
 	MountObjects bool // mounts are changed by [Master.ApplyMounts] alone, and by no call
 
-	WorkerLease  time.Duration // how long a worker is believed alive without a heartbeat; whole seconds; 0 means 30s
-	WorkerForget time.Duration // how long one without a heartbeat is remembered; whole seconds; 0 means 1h, or the lease if that is longer
-	Version      string        // of the binary, for status
-	Log          *slog.Logger  // nil means none
+	WorkerLease  time.Duration     // how long a worker is believed alive without a heartbeat; whole seconds; 0 means 30s
+	WorkerForget time.Duration     // how long one without a heartbeat is remembered; whole seconds; 0 means 1h, or the lease if that is longer
+	Version      string            // of the binary, for status
+	Tracer       *telemetry.Tracer // nil traces nothing
+	Log          *slog.Logger      // nil means none
 }
 
 // Validate names all mistakes at once.

@@ -127,11 +127,11 @@ func (m *Master) run(ctx context.Context) (err error) {
 }
 
 func (m *Master) serveGRPC(ctx context.Context, l net.Listener, reg *registry.Registry, calls *calls) error {
-	s := grpc.NewServer(
+	s := grpc.NewServer(append(m.cfg.Tracer.ServerOptions(),
 		grpc.ChainUnaryInterceptor(calls.intercept, m.intercept),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 		grpc.WaitForHandlers(true),
-	)
+	)...)
 	asker := inventory.NewAsker()
 	defer asker.Close()
 	masterpb.RegisterMasterServer(s, &server{reg: reg, asker: asker, master: m, life: ctx})

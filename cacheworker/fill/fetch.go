@@ -14,6 +14,7 @@ import (
 	"github.com/larderfs/larder/cacheworker/cachestore"
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/cacheworker/source"
+	"github.com/larderfs/larder/cacheworker/telemetry"
 )
 
 type chunkKey struct {
@@ -56,6 +57,8 @@ const (
 	background
 )
 
+func (c class) String() string { return [...]string{"a reader", "read-ahead", "completion"}[c] }
+
 // fetch is one ranged GET of chunks in a row.
 type fetch struct {
 	obj       object.Object
@@ -65,6 +68,7 @@ type fetch struct {
 	reader    *Reader // that reads ahead, else nil
 	chunks    []*chunk
 	usage     *Usage
+	span      telemetry.Span
 	cancel    context.CancelFunc
 	stored    chan *chunk // to the goroutine that writes them
 }
@@ -92,25 +96,33 @@ func (r *Reader) start(ctx context.Context, first, last int, cl class) *fetch {
 		f.chunks[c.key] = c
 	}
 	ctx, ft.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	if ctx, ft.span = telemetry.Child(ctx, "fill"); ft.span.Recorded() {
+		ft.span.Text("key", r.obj.Key)
+		ft.span.Text("for", cl.String())
+		ft.span.Int("chunk", int64(first))
+		ft.span.Int("chunks", int64(last-first+1))
+	}
 	f.fetches[ft] = struct{}{}
 	if cl != background {
 		f.budget.begin()
 	}
 	f.count.gets.Add(1)
 	f.wg.Add(2)
-	go f.write(ft)
+	go f.write(ctx, ft)
 	go f.run(ctx, ft)
 	return ft
 }
 
 // run fetches, from the budget to the last byte.
 func (f *Fills) run(ctx context.Context, ft *fetch) {
+	var err error
+	defer func() { ft.span.End(&err) }()
 	defer f.wg.Done()
 	defer close(ft.stored)
 	defer ft.cancel()
 	paid := ft.bytes()
 	if ft.class == foreground {
-		if err := f.budget.take(ctx, paid); err != nil {
+		if err = f.budget.take(ctx, paid); err != nil {
 			f.fail(ft, err)
 			f.finish(ft, false)
 			return
@@ -125,7 +137,7 @@ func (f *Fills) run(ctx context.Context, ft *fetch) {
 	}
 	f.mu.Unlock()
 	f.budget.give(paid, 0) // of chunks that were given up meanwhile
-	if err := f.get(ctx, ft); err != nil {
+	if err = f.get(ctx, ft); err != nil {
 		if object.Refused(err) {
 			f.Revoke(ft.principal, ft.obj.Store)
 		}
@@ -147,10 +159,12 @@ func (f *Fills) finish(ft *fetch, slot bool) {
 }
 
 // get reads the body, chunk by chunk.
-func (f *Fills) get(ctx context.Context, ft *fetch) error {
+func (f *Fills) get(ctx context.Context, ft *fetch) (err error) {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	ctx, span := telemetry.Child(ctx, "store.get")
+	defer func() { span.End(&err) }()
 	first := ft.chunks[0]
 	asked := time.Now()
 	body, err := ft.src.Get(ctx, ft.obj, int64(first.key.i)*object.ChunkSize, ft.bytes())
@@ -270,7 +284,7 @@ func (c *chunk) call() {
 
 // write puts chunks on the disk as they become whole. It makes the cache file with the first
 // of them, because a reader waits for the first bytes and nobody for the file.
-func (f *Fills) write(ft *fetch) {
+func (f *Fills) write(ctx context.Context, ft *fetch) {
 	defer f.wg.Done()
 	var file *cachestore.File
 	var err error
@@ -281,9 +295,7 @@ func (f *Fills) write(ft *fetch) {
 		}
 		put := err
 		if put == nil {
-			f.writers <- struct{}{}
-			put = c.put(file)
-			<-f.writers
+			put = f.put(ctx, file, c)
 		}
 		f.written(c, put)
 	}
@@ -327,6 +339,15 @@ func (f *Fills) got(c *chunk) {
 		bytes = file.Unmark(c.key.i)
 	}
 	f.count.foreseen.Add(uint64(bytes))
+}
+
+func (f *Fills) put(ctx context.Context, file *cachestore.File, c *chunk) (err error) {
+	_, span := telemetry.Child(ctx, "cache.write")
+	defer func() { span.End(&err) }()
+	span.Int("chunk", int64(c.key.i))
+	f.writers <- struct{}{}
+	defer func() { <-f.writers }()
+	return c.put(file)
 }
 
 // written ends the fetch of a whole chunk, which is on the disk unless err says why not.

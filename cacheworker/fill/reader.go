@@ -12,6 +12,7 @@ import (
 	"github.com/larderfs/larder/cacheworker/fill/parquet"
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/cacheworker/source"
+	"github.com/larderfs/larder/cacheworker/telemetry"
 )
 
 // batch is how many chunks one step of a long read asks for at once.
@@ -444,6 +445,7 @@ func (r *Reader) copyOnce(ctx context.Context, c *chunk, p []byte, i int, off in
 	if c == nil {
 		return r.copyDisk(p, off)
 	}
+	telemetry.Current(ctx).WaitsFor(c.fetch.span)
 	begin := int(off - int64(i)*object.ChunkSize)
 	waited, err := r.f.await(ctx, c, begin+len(p))
 	if err == nil {

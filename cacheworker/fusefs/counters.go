@@ -32,6 +32,9 @@ type Counters struct {
 // Ops are the kinds of requests that may wait for a store, in the order of Counters.Took.
 var Ops = [...]string{opLookup: "lookup", opOpen: "open", opRead: "read", opReaddir: "readdir"}
 
+// spans are their names in a trace.
+var spans = [...]string{opLookup: "fuse.lookup", opOpen: "fuse.open", opRead: "fuse.read", opReaddir: "fuse.readdir"}
+
 const (
 	opLookup = iota
 	opOpen

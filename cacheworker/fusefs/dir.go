@@ -132,7 +132,7 @@ func (m *Mount) readDir(cancel <-chan struct{}, in *fuse.ReadIn, add adder) fuse
 	if dir.kind != dirKind {
 		return m.readFixed(dir, off, add)
 	}
-	ctx, stop := m.requestContext(cancel)
+	ctx, stop := m.requestContext(cancel, opReaddir)
 	defer stop()
 	s := m.stream(in.Fh)
 	s.mu.Lock()

@@ -28,6 +28,7 @@ import (
 	"github.com/larderfs/larder/cacheworker/dataset"
 	"github.com/larderfs/larder/cacheworker/metadata"
 	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/cacheworker/telemetry"
 )
 
 // Broker is what a mount asks of the broker.
@@ -53,6 +54,7 @@ type Config struct {
 	Broker   Broker
 	Features Features // wanted; what was negotiated may be less
 	Counters *Counters
+	Tracer   *telemetry.Tracer
 	Log      *slog.Logger
 
 	logRequests bool // for tests that count them
@@ -201,8 +203,10 @@ func (m *Mount) status(op string, n *node, err error) fuse.Status {
 
 // requestContext ends when the mount does, or two seconds after an INTERRUPT: a profiler's
 // timer must not become an I/O error (DESIGN §4.3).
-func (m *Mount) requestContext(cancel <-chan struct{}) (context.Context, context.CancelFunc) {
-	ctx, stop := context.WithCancel(m.closed)
+func (m *Mount) requestContext(cancel <-chan struct{}, op int) (context.Context, context.CancelFunc) {
+	traced, span := m.cfg.Tracer.Start(m.closed, spans[op])
+	span.Text("volume", m.cfg.Volume.ID)
+	ctx, stop := context.WithCancel(traced)
 	go func() {
 		select {
 		case <-ctx.Done():
@@ -217,7 +221,10 @@ func (m *Mount) requestContext(cancel <-chan struct{}) (context.Context, context
 			stop()
 		}
 	}()
-	return ctx, stop
+	if !span.Recorded() {
+		return ctx, stop
+	}
+	return ctx, func() { stop(); span.End(nil) }
 }
 
 // Lookup implements fuse.RawFileSystem.
@@ -236,7 +243,7 @@ func (m *Mount) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name string, ou
 	default:
 		return fuse.ENOTDIR
 	}
-	ctx, stop := m.requestContext(cancel)
+	ctx, stop := m.requestContext(cancel, opLookup)
 	defer stop()
 	d := m.data.Load()
 	e, err := d.Lookup(ctx, parent.key, name, d.Freshness)

@@ -15,6 +15,7 @@ import (
 	"github.com/larderfs/larder/cacheworker/fill"
 	"github.com/larderfs/larder/cacheworker/metadata"
 	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/cacheworker/telemetry"
 )
 
 const (
@@ -49,7 +50,7 @@ func (m *Mount) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut)
 	if in.Flags&writing != 0 && !m.cfg.allowWrites {
 		return erofs
 	}
-	ctx, stop := m.requestContext(cancel)
+	ctx, stop := m.requestContext(cancel, opOpen)
 	defer stop()
 	if err := m.check(ctx, n, in.Pid); err != nil {
 		return m.status("open", n, err)
@@ -296,8 +297,13 @@ func (m *Mount) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 	}
 	defer m.unhold(n, false)
 	began := time.Now()
-	ctx, stop := m.requestContext(cancel)
+	ctx, stop := m.requestContext(cancel, opRead)
 	defer stop()
+	if span := telemetry.Current(ctx); span.Recorded() {
+		span.Text("key", r.Object().Key)
+		span.Int("offset", off)
+		span.Int("bytes", int64(size))
+	}
 	got, err := r.ReadAt(ctx, buf[:size], off)
 	m.cfg.Counters.Took[opRead].Since(began)
 	if err != nil {
@@ -333,7 +339,7 @@ func (s span) Bytes(buf []byte) ([]byte, fuse.Status) {
 	if n, err := syscall.Pread(s.fd, buf[:s.size], s.off); err == nil && n == s.size {
 		return buf[:n], fuse.OK
 	}
-	ctx, stop := s.m.requestContext(s.cancel)
+	ctx, stop := s.m.requestContext(s.cancel, opRead)
 	defer stop()
 	n, err := s.r.ReadAt(ctx, buf[:s.size], s.off)
 	if err != nil {

@@ -75,6 +75,10 @@ func (n *csiNode) serve(ctx context.Context) (err error) {
 	if err := n.validate(); err != nil {
 		return err
 	}
+	if n.driver.Tracer, err = n.listens.tracer(ctx, "node", n.driver.NodeID, n.log); err != nil {
+		return err
+	}
+	defer closing(n.driver.Tracer, n.log)
 	if err := n.giveDirs(); err != nil {
 		return err
 	}

@@ -9,11 +9,13 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+	"go.opentelemetry.io/otel"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
@@ -75,8 +77,16 @@ external cluster by --etcd-endpoints. Three masters embed one etcd together by -
 		},
 		func(ctx context.Context, log *slog.Logger) error {
 			c.Log, c.Version, c.MetricsListen = log, version, l.metrics
+			if err := l.validate(); err != nil {
+				return err
+			}
+			var err error
+			if c.Tracer, err = l.tracer(ctx, "master", hostname(), log); err != nil {
+				return err
+			}
+			defer closing(c.Tracer, log)
 			m, err := master.New(c)
-			if err = errors.Join(err, l.validate()); err != nil {
+			if err != nil {
 				return err
 			}
 			g, ctx := errgroup.WithContext(ctx)
@@ -154,6 +164,14 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 			if err := alone(&c, socketDir, parameters); err != nil {
 				return err
 			}
+			if err := l.validate(); err != nil {
+				return err
+			}
+			var err error
+			if c.Tracer, err = l.tracer(ctx, "worker", c.Node, log); err != nil {
+				return err
+			}
+			defer closing(c.Tracer, log)
 			w, err := cacheworker.New(c)
 			if err != nil {
 				return err
@@ -253,11 +271,17 @@ func csiControllerCommand() *cobra.Command {
 			if err := l.validate(); err != nil {
 				return err
 			}
-			m, err := client.New(client.Config{Target: target, Log: log})
+			tracer, err := l.tracer(ctx, "controller", hostname(), log)
+			if err != nil {
+				return err
+			}
+			defer closing(tracer, log)
+			m, err := client.New(client.Config{Target: target, Tracer: tracer, Log: log})
 			if err != nil {
 				return err
 			}
 			defer m.Close()
+			d.Tracer = tracer
 			d.Log, d.Version = log, version
 			d.Ready = func(ctx context.Context) error { _, err := m.Status(ctx); return err }
 			srv, err := driver.New(d, m, nil, nil)
@@ -308,7 +332,7 @@ type node struct {
 // newNode wires the node service to broker and worker in a run directory; volumes makes it a
 // controller too.
 func newNode(d driver.Config, run string, volumes driver.Volumes) (*node, error) {
-	conn, err := dialUnix(filepath.Join(run, controlSocket))
+	conn, err := dialUnix(filepath.Join(run, controlSocket), d.Tracer.DialOptions()...)
 	if err != nil {
 		return nil, err
 	}
@@ -338,29 +362,66 @@ func newNode(d driver.Config, run string, volumes driver.Volumes) (*node, error)
 func (n *node) Close() error { return errors.Join(n.broker.Close(), n.worker.Close()) }
 
 // dialUnix connects lazily to a gRPC socket, however long its path.
-func dialUnix(path string) (*grpc.ClientConn, error) {
-	return grpc.NewClient("passthrough:///worker",
+func dialUnix(path string, more ...grpc.DialOption) (*grpc.ClientConn, error) {
+	return grpc.NewClient("passthrough:///worker", append(more,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(unixDialer(path)),
-		grpc.WithConnectParams(quickBackoff))
+		grpc.WithConnectParams(quickBackoff))...)
 }
 
 // listens is where a process tells of itself.
-type listens struct{ metrics, profiles string }
+type listens struct {
+	metrics, profiles string
+	trace             telemetry.TraceConfig
+}
 
 func (l *listens) flags(f *pflag.FlagSet, metrics string) {
 	f.StringVar(&l.metrics, "metrics-listen", metrics, "`address` of /metrics, /healthz and /readyz; empty for none")
 	f.StringVar(&l.profiles, "pprof", "", "loopback `address`, or unix:///path, of /debug/pprof/; empty for none")
+	l.traceFlags(f)
+}
+
+func (l *listens) traceFlags(f *pflag.FlagSet) {
+	f.StringVar(&l.trace.Endpoint, "trace-endpoint", "", "send OpenTelemetry traces by OTLP/gRPC to this `address`: host:port, http://host:port or https://host:port; empty for none")
+	f.Float64Var(&l.trace.Sample, "trace-sample", 0.01, "`share` of the requests that are traced whose caller does not decide that")
+}
+
+// tracer is nil without --trace-endpoint.
+func (l *listens) tracer(ctx context.Context, process, node string, log *slog.Logger) (*telemetry.Tracer, error) {
+	c := l.trace
+	c.Process, c.Node, c.Version = process, node, version
+	t, err := telemetry.NewTracer(ctx, c)
+	if err != nil {
+		return nil, fmt.Errorf("--trace-endpoint: %w", err)
+	}
+	if t != nil {
+		var told atomic.Int64 // a collector that is away is away for each batch
+		otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) {
+			now := time.Now().Unix()
+			if last := told.Load(); now-last >= 60 && told.CompareAndSwap(last, now) {
+				log.Warn("traces are not sent", "endpoint", c.Endpoint, "err", err)
+			}
+		}))
+	}
+	return t, nil
+}
+
+// closing ends a tracer; what cannot be sent is lost.
+func closing(t *telemetry.Tracer, log *slog.Logger) {
+	if err := t.Close(); err != nil {
+		log.Warn("the last traces are not sent", "err", err)
+	}
 }
 
 func (l *listens) validate() error {
-	if l.profiles == "" {
-		return nil
+	var errs []error
+	if err := telemetry.CheckLocal(l.profiles); l.profiles != "" && err != nil {
+		errs = append(errs, fmt.Errorf("--pprof: %w", err))
 	}
-	if err := telemetry.CheckLocal(l.profiles); err != nil {
-		return fmt.Errorf("--pprof: %w", err)
+	if err := l.trace.Validate(); err != nil {
+		errs = append(errs, fmt.Errorf("--trace-endpoint, --trace-sample: %w", err))
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // serve answers there until ctx ends.

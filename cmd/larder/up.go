@@ -50,6 +50,7 @@ type up struct {
 	driverCredentials, stsEndpoints []string
 
 	log     *slog.Logger
+	tracer  *telemetry.Tracer
 	hurried context.Context // done after a second signal
 	upgrade chan os.Signal  // tells to replace the worker
 	held    *os.File        // the lock; the children inherit it
@@ -73,6 +74,7 @@ SIGHUP replaces the worker by one from the binary that is on disk now; readers d
 			f.StringVar(&u.nodeName, "node-name", hostname(), "`name` of this node")
 			f.StringVar(&u.listens.metrics, "metrics-listen", "", "`address` of this process's /metrics, beside DIR/run/*-metrics.sock")
 			f.StringVar(&u.listens.profiles, "pprof", "", "loopback `address` of this process's /debug/pprof/; worker and broker have theirs at DIR/run/*-pprof.sock then; empty for none")
+			u.listens.traceFlags(f)
 			f.Int64Var(&u.workerUID, "worker-uid", -1, "user `id` that the worker runs as, without capabilities; it owns the tiers (default the owner of --file-root, else 65534)")
 			sourceFlags(f, &u.fileRoot, &u.endpoints)
 			tenantFlags(f, &u.driverCredentials, &u.stsEndpoints)
@@ -91,6 +93,10 @@ func (u *up) run(ctx context.Context) (err error) {
 	if err := u.prepare(); err != nil {
 		return err
 	}
+	if u.tracer, err = u.listens.tracer(ctx, "up", u.nodeName, u.log); err != nil {
+		return err
+	}
+	defer closing(u.tracer, u.log)
 	u.held, err = u.lock(ctx)
 	if err != nil {
 		return err
@@ -280,7 +286,7 @@ func (u *up) masterTarget() string { return "unix://" + filepath.Join(u.runDir()
 func (u *up) runMaster(ctx context.Context) error {
 	m, err := master.New(master.Config{
 		Dir: filepath.Join(u.dir, "master"), Listen: u.masterTarget(), ListenMode: 0o666,
-		MetricsListen: u.metricsSocket("master"), Version: version, Log: u.log.With("part", "master"),
+		MetricsListen: u.metricsSocket("master"), Version: version, Tracer: u.tracer, Log: u.log.With("part", "master"),
 	})
 	if err != nil {
 		return err
@@ -293,7 +299,7 @@ func (u *up) metricsSocket(part string) string {
 }
 
 func (u *up) runCSI(ctx context.Context) error {
-	m, err := client.New(client.Config{Target: u.masterTarget(), Log: u.log})
+	m, err := client.New(client.Config{Target: u.masterTarget(), Tracer: u.tracer, Log: u.log})
 	if err != nil {
 		return err
 	}
@@ -302,8 +308,9 @@ func (u *up) runCSI(ctx context.Context) error {
 		Endpoint: "unix://" + filepath.Join(u.dir, "csi.sock"), Version: version, Controller: true, Node: true,
 		NodeID: u.nodeName, RunDir: u.runDir(), FileRoot: u.fileRoot, InlineEndpoints: u.endpoints,
 		DriverCredentials: u.driverCredentials, STSEndpoints: u.stsEndpoints,
-		Ready: func(ctx context.Context) error { _, err := m.Status(ctx); return err },
-		Log:   u.log.With("part", "csi"),
+		Ready:  func(ctx context.Context) error { _, err := m.Status(ctx); return err },
+		Tracer: u.tracer,
+		Log:    u.log.With("part", "csi"),
 	}, u.runDir(), m)
 	if err != nil {
 		return err
@@ -357,6 +364,9 @@ func (u *up) runWorker(ctx context.Context) error {
 	}
 	if u.listens.profiles != "" {
 		args = append(args, "--pprof", "unix://"+run+"/worker-pprof.sock")
+	}
+	if u.listens.trace.Endpoint != "" {
+		args = append(args, "--trace-endpoint", u.listens.trace.Endpoint, "--trace-sample", fmt.Sprint(u.listens.trace.Sample))
 	}
 	if u.memory.bytes > 0 {
 		args = append(args, "--memory", u.memory.String())

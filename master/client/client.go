@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 
+	"github.com/larderfs/larder/cacheworker/telemetry"
 	"github.com/larderfs/larder/master/masterpb"
 	"github.com/larderfs/larder/master/record"
 )
@@ -80,9 +81,10 @@ func ValidID(id string) bool { return record.ValidID(id) }
 
 // Config says where the master is.
 type Config struct {
-	Target  string        // "unix:///path" or "host:port"; of several masters all, with commas between
-	Timeout time.Duration // of a call whose context has no deadline; 0 means 10s
-	Log     *slog.Logger  // nil means none
+	Target  string            // "unix:///path" or "host:port"; of several masters all, with commas between
+	Timeout time.Duration     // of a call whose context has no deadline; 0 means 10s
+	Tracer  *telemetry.Tracer // nil traces nothing
+	Log     *slog.Logger      // nil means none
 
 	Changed <-chan struct{} // has [Client.Run] report soon; nil never does
 }
@@ -111,7 +113,7 @@ func New(cfg Config) (*Client, error) {
 		if strings.TrimSpace(target) != target || target == "" {
 			return nil, errors.Join(fmt.Errorf("%w: master %q: want unix:///path or host:port, or several with commas between", ErrInvalid, cfg.Target), c.Close())
 		}
-		conn, err := connect(target)
+		conn, err := connect(target, cfg.Tracer.DialOptions()...)
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("master at %s: %w", target, err), c.Close())
 		}
@@ -121,8 +123,8 @@ func New(cfg Config) (*Client, error) {
 	return c, nil
 }
 
-func connect(target string) (*grpc.ClientConn, error) {
-	return grpc.NewClient("passthrough:///"+target,
+func connect(target string, more ...grpc.DialOption) (*grpc.ClientConn, error) {
+	return grpc.NewClient("passthrough:///"+target, append(more,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(dial),
 		grpc.WithAuthority("master"),
@@ -132,7 +134,7 @@ func connect(target string) (*grpc.ClientConn, error) {
 		}),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)),
-	)
+	)...)
 }
 
 // maxAnswer has room for the pods of thousands of nodes.

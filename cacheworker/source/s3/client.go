@@ -15,6 +15,7 @@ import (
 
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/cacheworker/source"
+	"github.com/larderfs/larder/cacheworker/telemetry"
 )
 
 // TransportConfig of the connections to stores.
@@ -88,6 +89,8 @@ func (c *client) Do(req *http.Request) (*http.Response, error) {
 	ctx, cancel := context.WithCancelCause(req.Context())
 	late := time.AfterFunc(c.request, func() { cancel(timeoutError(fmt.Sprintf("no answer within %v", c.request))) })
 	start, kind := time.Now(), kindOf(req)
+	ctx, span := telemetry.Child(ctx, "store.request")
+	span.Text("kind", string(kind))
 	resp, err := c.next.RoundTrip(req.WithContext(ctx))
 	late.Stop()
 	if err != nil {
@@ -97,6 +100,7 @@ func (c *client) Do(req *http.Request) (*http.Response, error) {
 		} else {
 			pass.Failed(err, 0)
 		}
+		span.End(&err)
 		cancel(err)
 		c.observer.Requested(kind, time.Since(start), source.NoAnswer)
 		return nil, err
@@ -107,7 +111,9 @@ func (c *client) Do(req *http.Request) (*http.Response, error) {
 		pass.OK()
 	}
 	c.observer.Requested(kind, time.Since(start), source.OutcomeOf(resp.StatusCode))
-	b := &timedBody{ReadCloser: resp.Body, ctx: ctx, cancel: cancel, idle: c.idle}
+	span.Event("answer")
+	span.Int("status", int64(resp.StatusCode))
+	b := &timedBody{ReadCloser: resp.Body, ctx: ctx, cancel: cancel, idle: c.idle, span: span}
 	if kind == source.Get && resp.StatusCode < 300 {
 		b.observer = c.observer
 	}
@@ -147,6 +153,7 @@ type timedBody struct {
 	timer    *time.Timer
 	waited   time.Duration   // for the bytes
 	got      int             // that came since
+	span     telemetry.Span  // of the request, which the body's end ends
 	observer source.Observer // nil for bodies that are not an object's
 }
 
@@ -177,6 +184,7 @@ func (b *timedBody) Close() error {
 		b.timer.Stop()
 	}
 	err := b.ReadCloser.Close()
+	b.span.End(nil)
 	b.cancel(context.Canceled)
 	return err
 }
