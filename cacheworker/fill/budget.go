@@ -21,6 +21,7 @@ type budget struct {
 	queue  []*claim
 	low    []*claim
 	active int           // fetches under way or waiting, completion not counted
+	begun  uint64        // such fetches so far
 	idle   chan struct{} // closed when active falls to 0; nil unless somebody waits
 }
 
@@ -130,6 +131,14 @@ func (b *budget) begin() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.active++
+	b.begun++
+}
+
+// fetches counts those that completion gives way to, so far.
+func (b *budget) fetches() uint64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.begun
 }
 
 func (b *budget) end() {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/larderfs/larder/cacheworker/cachestore"
 	"github.com/larderfs/larder/cacheworker/object"
@@ -203,6 +204,54 @@ func (f *Fills) StopCompleting() {
 	f.queue, f.sealed = nil, true
 }
 
+// cacheShare of the capacity is what completion may have others evicted for, as long as nobody reads it.
+const cacheShare = 4
+
+// quiet is how long nobody may have fetched before a piece is: a reader who jumps about fetches nothing between two reads.
+const quiet = 100 * time.Millisecond
+
+// gently returns what a completer waits for before each piece of an object: that nobody has fetched for as long a time as
+// its last piece took, so that it has half of one connection at the most, and of that only what readers leave. Its
+// error wraps object.ErrNoSpace if the rest of the object would push others out of the cache for too much that nobody
+// reads.
+func (f *Fills) gently(obj object.Object) func(context.Context) error {
+	var began time.Time
+	return func(ctx context.Context) error {
+		rest := obj.Size - f.store.Peek(obj.ID()).PresentBytes
+		if rest > f.store.Free() && f.store.Stats().UnreadBytes+rest > f.store.Capacity()/cacheShare {
+			return fmt.Errorf("%w: too much was fetched that nobody reads", object.ErrNoSpace)
+		}
+		pause := quiet
+		if !began.IsZero() {
+			pause = max(pause, time.Since(began))
+		}
+		for {
+			if err := f.budget.waitIdle(ctx); err != nil {
+				return err
+			}
+			fetches := f.budget.fetches()
+			if err := sleep(ctx, pause); err != nil {
+				return err
+			}
+			if f.budget.fetches() == fetches {
+				began = time.Now()
+				return nil
+			}
+		}
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
 // work completes objects until the queue is empty.
 func (f *Fills) work(ctx context.Context) {
 	for {
@@ -217,7 +266,7 @@ func (f *Fills) work(ctx context.Context) {
 		f.mu.Unlock()
 
 		r := f.Open(j.obj, j.src).For(j.u)
-		err := r.complete(ctx, f.budget.waitIdle)
+		err := r.complete(ctx, f.gently(j.obj))
 		r.Close()
 		if err == nil {
 			f.count.completed.Add(1)

@@ -827,6 +827,7 @@ func TestCompleteLaterWaitsUntilNobodyFetches(t *testing.T) {
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
+		time.Sleep(2 * quiet)
 		w.want("[0+3]", 0)
 		if !w.cache.Peek(obj.ID()).Complete || w.fills.Stats().Completed != 1 {
 			t.Errorf("%+v", w.fills.Stats())
