@@ -234,7 +234,10 @@ func (s *Stack) Command(ctx context.Context, name string, args ...string) *exec.
 type Status struct {
 	PID          int             `json:"pid"` // of the worker
 	CachedBytes  int64           `json:"cachedBytes"`
-	ReadRequests int64           `json:"readRequests"` // FUSE READs that reached the worker
+	Complete     int             `json:"completeObjects"`
+	AheadBytes   int64           `json:"aheadBytes"`     // fetched before anybody asked
+	AheadRead    int64           `json:"aheadReadBytes"` // of them, read since
+	ReadRequests int64           `json:"readRequests"`   // FUSE READs that reached the worker
 	Takeovers    int64           `json:"takeovers"`
 	Mounts       json.RawMessage `json:"mounts"`
 }
