@@ -218,7 +218,7 @@ func (f *Fills) gently(obj object.Object) func(context.Context) error {
 	var began time.Time
 	return func(ctx context.Context) error {
 		rest := obj.Size - f.store.Peek(obj.ID()).PresentBytes
-		if rest > f.store.Free() && f.store.Stats().UnreadBytes+rest > f.store.Capacity()/cacheShare {
+		if s := f.store.Stats(); rest > f.store.Free() && s.UnreadBytes+rest > s.CapacityBytes/cacheShare {
 			return fmt.Errorf("%w: too much was fetched that nobody reads", object.ErrNoSpace)
 		}
 		pause := quiet

@@ -83,6 +83,7 @@ type Store interface {
 	ReadTail(obj object.Object, p []byte, off int64) bool
 	TailBytes(object.ID) int64
 	Stats() cachestore.Stats
+	Free() int64 // bytes that can be put without evicting anybody
 }
 
 // Fills is what all readers share.

@@ -235,9 +235,13 @@ func (c *Cache) copyChunks(ctx context.Context, m *cachestore.Move, dst *cachest
 			continue // it is a miss where it was, too
 		}
 		if err == nil {
+			if m.Unmark(i) > 0 {
+				dst.MarkUnread(i)
+			}
 			err = dst.Put(i, b)
 		}
 		if err != nil {
+			dst.Unmark(i)
 			return fmt.Errorf("chunk %d: %w", i, err)
 		}
 		c.tiers[to].received.Add(int64(len(b)))

@@ -478,6 +478,14 @@ func (c *Cache) Stats() (all cachestore.Stats) {
 	return all
 }
 
+// Free is how many bytes can be put without evicting anybody.
+func (c *Cache) Free() (bytes int64) {
+	for _, t := range c.tiers {
+		bytes += t.Free()
+	}
+	return bytes
+}
+
 // KeepTail keeps the object's last bytes in the fastest tier that can. Tails do not move.
 func (c *Cache) KeepTail(obj object.Object, last []byte) (err error) {
 	for _, t := range c.tiers {
