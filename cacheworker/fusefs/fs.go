@@ -305,14 +305,18 @@ func (m *Mount) enter(d *dataset.Dataset, parent *node, e metadata.Entry) (*node
 		return nil, err
 	}
 	id := e.Object.ID()
-	n := m.table.incarnation(parent, o, e.Object, e.Name, m.wantedMode(id), e.At, m.usable)
+	n := m.table.incarnation(parent, o, e.Object, e.Name, m.wantedMode(id, e.Object.Size), e.At, m.usable)
 	n.file.ino = inode(id)
 	return n, nil
 }
 
-// wantedMode is passthrough for what can be passed through now.
-func (m *Mount) wantedMode(id object.ID) mode {
-	if m.pass.Load() && m.data.Load().Peek(id).Complete {
+// smallFile is the size up to which a file is not passed through: that would take a message to the broker and two calls of
+// the kernel for each, and save a READ or two, after which its pages are cached anyway.
+const smallFile = 64 << 10
+
+// wantedMode is passthrough for what can be passed through now, and is worth it.
+func (m *Mount) wantedMode(id object.ID, size int64) mode {
+	if size > smallFile && m.pass.Load() && m.data.Load().Peek(id).Complete {
 		return passthrough
 	}
 	return cached

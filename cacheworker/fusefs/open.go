@@ -32,6 +32,9 @@ const (
 	// file is read without passthrough.
 	registerWait = 2 * time.Second
 
+	// spliceMin is the largest READ for which a copy costs less than the way through a pipe.
+	spliceMin = 16 << 10
+
 	// spliceMax is the largest READ that is spliced: a pipe holds 1 MiB, and go-fuse wants
 	// header and payload in one.
 	spliceMax = 512 << 10
@@ -96,7 +99,7 @@ func (m *Mount) check(ctx context.Context, n *node, thread uint32) error {
 	told, again := m.told[thread]
 	delete(m.told, thread)
 	switch {
-	case !n.file.stale && (n.file.mode == m.wantedMode(m.table.objectOf(n).ID()) || m.usable(n.file)):
+	case !n.file.stale && (n.file.mode == m.wantedMode(m.table.objectOf(n).ID(), n.file.size) || m.usable(n.file)):
 		return nil
 	case again && (!n.file.gone || told != n.id && looked):
 		return nil
@@ -253,6 +256,9 @@ func (m *Mount) completeMaybe(n *node, r *fill.Reader) {
 	case brokerwire.CompleteAlways:
 		d.CompleteLater(o.Origin, o.Spec, obj)
 	case brokerwire.CompleteAuto:
+		if obj.Chunks() <= 1 {
+			return // it is, once it has been read
+		}
 		m.table.mu.RLock()
 		again := n.file.opened > 1
 		m.table.mu.RUnlock()
@@ -284,7 +290,7 @@ func (m *Mount) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 	off, size := int64(in.Offset), int(min(int64(in.Size), max(0, n.file.size-int64(in.Offset))))
 	m.cfg.Counters.ReadBytes.Add(uint64(size))
 	if fd, release, ok := r.Span(off, size); ok && size > 0 {
-		if m.cfg.Features.Splice && size <= spliceMax {
+		if m.cfg.Features.Splice && size > spliceMin && size <= spliceMax {
 			m.cfg.Counters.Spliced.Add(1)
 			return span{m: m, n: n, r: r, cancel: cancel, fd: fd, off: off, size: size, release: release}, fuse.OK
 		}

@@ -41,7 +41,7 @@ func TestReadsAreRightColdPartialAndComplete(t *testing.T) {
 					t.Errorf("%d bytes: complete, the whole is wrong", len(want))
 				}
 				readEverywhere(u, w.data(name), want)
-				if n := w.node(name); (n.file.mode == passthrough) != f.Passthrough {
+				if n := w.node(name); (n.file.mode == passthrough) != (f.Passthrough && len(want) > smallFile) {
 					t.Errorf("%d bytes: mode %d with passthrough %v", len(want), n.file.mode, f.Passthrough)
 				}
 			}
@@ -167,9 +167,7 @@ func TestABindOfASingleFile(t *testing.T) {
 	}
 	check("cold")
 	w.complete(u, "f")
-	if w.node("f").file.mode != passthrough {
-		u.sum(w.data("f"))
-	}
+	u.sum(w.data("f")) // a node in passthrough mode, which the kernel may have forgotten again
 	check("complete, and the node is of the other mode")
 
 	// Now the bind is of a node in passthrough mode, which is evicted.
