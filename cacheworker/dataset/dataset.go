@@ -124,6 +124,9 @@ func (d *Dataset) open(at string, v brokerwire.Volume, ambient bool) (*part, err
 	if prefix = strings.Trim(prefix, "/"); prefix != "" {
 		prefix += "/"
 	}
+	if err := source.CheckPrefix(prefix); err != nil {
+		return nil, fmt.Errorf("source %q: %w", v.Source, err)
+	}
 	p.Origin = Origin{At: at, Store: p.src.Store(), Prefix: prefix}
 	p.view = d.deps.Metadata.View(p.src)
 	return p, nil

@@ -7,6 +7,7 @@ package namespace
 
 import (
 	"fmt"
+	"net/url"
 	"slices"
 	"strings"
 
@@ -22,7 +23,7 @@ type View struct {
 // Part is a mount's share of a view.
 type Part struct {
 	At    string // where in the view it begins: "" or ending in "/"
-	URI   string // of the folder that is shown there, without a slash at the end
+	URI   string // of the folder that is shown there, without a slash at the end; %XX stands for a byte
 	Mount record.Mount
 }
 
@@ -60,11 +61,16 @@ func below(root, path string) (rest string, ok bool) {
 	return strings.CutPrefix(path, strings.TrimSuffix(root, "/")+"/")
 }
 
+// join adds names to a URI. What stands for something else there is escaped: a user may have written the names.
 func join(uri, rest string) string {
 	if rest == "" {
 		return uri
 	}
-	return strings.TrimSuffix(uri, "/") + "/" + rest
+	uri = strings.TrimSuffix(uri, "/")
+	for name := range strings.SplitSeq(rest, "/") {
+		uri += "/" + url.PathEscape(name)
+	}
+	return uri
 }
 
 // Refused says in the words of an error why somebody may not have the view's own folder, and what to do;

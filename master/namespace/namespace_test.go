@@ -2,6 +2,7 @@ package namespace
 
 import (
 	"fmt"
+	"net/url"
 	"strings"
 	"testing"
 
@@ -41,6 +42,21 @@ func TestTheDeepestMountCounts(t *testing.T) {
 	}
 	if v, _ := At([]record.Mount{mount("/", "s3://all"), mount("/a", "s3://a")}, "/b/c"); v.text() != "=s3://all/b/c" {
 		t.Error(v.text())
+	}
+}
+
+// A path is no URI: what a user writes in it leads nowhere else.
+func TestWhatPathsSayStaysInTheMount(t *testing.T) {
+	mounts := []record.Mount{mount("/sales", "file:///root/sales"), mount("/s3", "s3://bucket/p%20q")}
+	for _, c := range []struct{ path, want string }{
+		{"/sales/%2e%2e/hr", "/root/sales/%2e%2e/hr"}, {"/sales/a?b#c", "/root/sales/a?b#c"}, {"/sales/a%2fb", "/root/sales/a%2fb"},
+		{"/s3/100%", "/p q/100%"}, {"/s3/x y", "/p q/x y"},
+	} {
+		v, _ := At(mounts, c.path)
+		u, err := url.Parse(v.Parts[0].URI)
+		if err != nil || u.Path != c.want || u.RawQuery != "" || u.Fragment != "" {
+			t.Errorf("%s: %s, %v; want %s", c.path, v.text(), err, c.want)
+		}
 	}
 }
 

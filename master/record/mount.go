@@ -262,7 +262,7 @@ func checkURI(uri string) error {
 		if !more {
 			return nil
 		}
-		if err := checkSegments(prefix); err != nil {
+		if err := checkEscaped(prefix); err != nil {
 			return fmt.Errorf("uri: prefix: %w", err)
 		}
 		return nil
@@ -276,10 +276,26 @@ func checkURI(uri string) error {
 	case !strings.HasPrefix(p, "/"):
 		return errors.New("uri: want file:///path, with three slashes")
 	}
-	if err := checkSegments(p[1:]); err != nil {
+	if err := checkEscaped(p[1:]); err != nil {
 		return fmt.Errorf("uri: %w", err)
 	}
 	return nil
+}
+
+// checkEscaped is checkSegments for a part of a URI, in which %XX stands for a byte: what that means is
+// checked too.
+func checkEscaped(p string) error {
+	if i := strings.IndexAny(p, "?#"); i >= 0 {
+		return fmt.Errorf("%q ends the path of a URI; write it as %%%02X", p[i:i+1], p[i])
+	}
+	plain, err := url.PathUnescape(p)
+	if err != nil {
+		return errors.New("a % that two hexadecimal digits do not follow; write % as %25")
+	}
+	if strings.Count(plain, "/") != strings.Count(p, "/") {
+		return errors.New("%2F in it: no name has a slash")
+	}
+	return errors.Join(checkSegments(p), checkSegments(plain))
 }
 
 var regionShape = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]*[a-z0-9])?$`)
