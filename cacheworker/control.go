@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/larderfs/larder/cacheworker/object"
+	"github.com/larderfs/larder/cacheworker/tiers"
 	"github.com/larderfs/larder/cacheworker/workerpb"
 )
 
@@ -53,6 +54,9 @@ func (c control) Status(context.Context, *workerpb.StatusRequest) (*workerpb.Wor
 		ReadingIndex: s.Reading, UnverifiedBytes: s.UnverifiedBytes, BadChunks: uint64(s.BadChunks), CacheErrors: uint64(s.PutErrors),
 		AheadBytes: f.AheadBytes, AheadReadBytes: f.ForeseenBytes, AheadWastedBytes: f.WastedBytes,
 	}
+	for _, t := range w.store.Tiers() {
+		out.Tiers = append(out.Tiers, tierStatus(t))
+	}
 	w.mounts.mu.Lock()
 	out.Takeovers = w.mounts.takeovers
 	w.mounts.mu.Unlock()
@@ -67,6 +71,17 @@ func (c control) Status(context.Context, *workerpb.StatusRequest) (*workerpb.Wor
 		{Name: "splice", Available: !w.cfg.Features.NoSplice, Reason: reason(!w.cfg.Features.NoSplice, "a flag")},
 	}
 	return out, nil
+}
+
+func tierStatus(t tiers.Status) *workerpb.TierStatus {
+	out := &workerpb.TierStatus{
+		Dir: t.Dir, Kind: t.Kind.String(), Healthy: t.Healthy, CachedBytes: t.CachedBytes, UnlinkedBytes: t.UnlinkedBytes, CapacityBytes: t.CapacityBytes,
+		PinnedBytes: t.PinnedBytes, Objects: int64(t.Objects), EvictedBytes: uint64(t.EvictedBytes), ReceivedBytes: uint64(t.ReceivedBytes),
+	}
+	if t.Err != nil {
+		out.Error = t.Err.Error()
+	}
+	return out
 }
 
 func reason(available bool, lacks string) string {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strconv"
 	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -33,6 +34,12 @@ var Metrics = []telemetry.Metric{
 	{Name: "larder_cache_rejected_total", Help: "Objects and chunks for which the cache had no room."},
 	{Name: "larder_cache_evictions_total", Help: "Objects evicted."},
 	{Name: "larder_cache_evicted_bytes_total", Help: "Bytes of chunks evicted."},
+
+	{Name: "larder_tier_capacity_bytes", Help: "Bytes that a tier may use; tiers are numbered as they are given.", Labels: tierLabels},
+	{Name: "larder_tier_disk_bytes", Help: "Bytes of its file system that it takes, as larder_cache_disk_bytes.", Labels: tierLabels},
+	{Name: "larder_tier_healthy", Help: "Whether it is open, and its disk takes what is written: 1 or 0.", Labels: tierLabels},
+	{Name: "larder_tier_evicted_bytes_total", Help: "Bytes of chunks evicted from it, or moved to another.", Labels: tierLabels},
+	{Name: "larder_tier_received_bytes_total", Help: "Bytes moved to it from other tiers.", Labels: tierLabels},
 
 	{Name: "larder_read_bytes_total", Help: "Bytes given to readers by the worker, by where they came from: disk (a cache file), memory (fetched and not on the disk), store (the reader waited for them). What the kernel reads in passthrough, or has in its page cache, nobody counts.", Labels: []string{"from"}},
 	{Name: "larder_chunks_total", Help: "Chunks that reads touched, by where they were: cache, store.", Labels: []string{"from"}},
@@ -89,9 +96,23 @@ var Metrics = []telemetry.Metric{
 	{Name: "larder_resent_requests_total", Help: "Requests that an earlier worker had left, and this one has answered."},
 }
 
+var tierLabels = []string{"tier", "kind"}
+
+func (w *Worker) collectTiers(s telemetry.Scrape) {
+	for i, t := range w.store.Tiers() {
+		labels := []string{strconv.Itoa(i), t.Kind.String()}
+		s.Set("larder_tier_capacity_bytes", float64(t.CapacityBytes), labels...)
+		s.Set("larder_tier_disk_bytes", float64(t.DiskBytes), labels...)
+		s.Is("larder_tier_healthy", t.Err == nil && t.Healthy, labels...)
+		s.Set("larder_tier_evicted_bytes_total", float64(t.EvictedBytes), labels...)
+		s.Set("larder_tier_received_bytes_total", float64(t.ReceivedBytes), labels...)
+	}
+}
+
 // collect makes metrics of counters that exist anyway.
 func (w *Worker) collect(s telemetry.Scrape) {
 	w.collectCache(s)
+	w.collectTiers(s)
 	w.collectReads(s)
 	w.collectStore(s)
 	w.collectFills(s)

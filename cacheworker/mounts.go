@@ -105,6 +105,9 @@ func (ms *mounts) connect(ctx context.Context) (connected bool, err error) {
 	if stage != brokerwire.Taking {
 		ms.giveBack(ctx, peer, before)
 	}
+	for _, h := range before {
+		h.TryPassthrough()
+	}
 	ms.setPeer(peer)
 	err = <-done
 	ms.setPeer(nil)

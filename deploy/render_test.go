@@ -195,13 +195,43 @@ func TestTemplatesAreMadeFromTheBase(t *testing.T) {
 	}
 }
 
+// tiersAndViews checks that each tier has a view of the same volume, by the order of their flags, and that the broker
+// knows it.
+func tiersAndViews(t *testing.T, worker, node corev1.Container) {
+	t.Helper()
+	of := func(c corev1.Container, flag string) (volumes []string) {
+		for _, arg := range c.Args {
+			if v, ok := strings.CutPrefix(arg, flag); ok {
+				dir, _, _ := strings.Cut(v, ":")
+				for _, m := range c.VolumeMounts {
+					if m.MountPath == dir && m.ReadOnly == (flag == "--view=") {
+						volumes = append(volumes, m.Name)
+					}
+				}
+			}
+		}
+		return volumes
+	}
+	want := []string{"cache", "cache-1", "cache-2"}
+	for name, got := range map[string][]string{"tiers": of(worker, "--tier="), "views": of(worker, "--view="), "tiers of the node plugin": of(node, "--tier-dir=")} {
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: %q, want %q", name, got, want)
+		}
+	}
+	for _, arg := range []string{"--tier=/var/cache/larder-1:8GiB:MEM", "--tier=/var/cache/larder-2:9TiB:HDD"} {
+		if !slices.Contains(worker.Args, arg) {
+			t.Errorf("no %s in %q", arg, worker.Args)
+		}
+	}
+}
+
 func TestValuesReachWhatTheyName(t *testing.T) {
 	all := helm(t, `
 image: {repository: registry.example.com/larder, tag: v9, pullPolicy: Always, pullSecrets: [pull]}
 inlineEndpoints: [https://s3.example.com]
 storageClass: {parameters: {source: s3://bucket}}
 kubeletDir: /data/kubelet
-cache: {dir: /mnt/nvme, capacity: 1TiB, minFree: 5GiB}
+cache: {dir: /mnt/nvme, capacity: 1TiB, minFree: 5GiB, tiers: [{dir: /dev/shm/larder, capacity: 8GiB, kind: MEM}, {dir: /mnt/disk, capacity: 9TiB, kind: HDD}]}
 nodeSelector: {pool: analytics}
 tolerations: [{key: only, operator: Exists}]
 worker: {extraArgs: [--no-splice]}
@@ -216,10 +246,13 @@ master: {persistence: {storageClassName: fast, size: 9Gi}}
 		if pod.NodeSelector["pool"] != "analytics" || pod.Tolerations[0].Key != "only" {
 			t.Errorf("placement %v %v", pod.NodeSelector, pod.Tolerations)
 		}
-		if !strings.Contains(fmt.Sprint(pod.Volumes), "/mnt/nvme") {
-			t.Errorf("volumes %v", pod.Volumes)
+		for _, dir := range []string{"/mnt/nvme", "/dev/shm/larder", "/mnt/disk"} {
+			if !strings.Contains(fmt.Sprint(pod.Volumes), dir) {
+				t.Errorf("no %s in the volumes %v", dir, pod.Volumes)
+			}
 		}
 	}
+	tiersAndViews(t, worker.Containers[0], node.Containers[0])
 	for container, want := range map[*corev1.Container][]string{
 		&worker.Containers[0]: {"--tier=/var/cache/larder:1TiB", "--min-free=5GiB", "--no-splice"},
 		&node.Containers[0]:   {"--kubelet-dir=/data/kubelet", "--registration-dir=/data/kubelet/plugins_registry", "--inline-endpoint=https://s3.example.com"},

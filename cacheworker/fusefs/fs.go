@@ -89,7 +89,8 @@ type Mount struct {
 	cfg                Config
 	table              *table
 	data               atomic.Pointer[dataset.Dataset]
-	pass               atomic.Bool // passthrough was negotiated and has not failed since
+	pass               atomic.Bool // passthrough was negotiated, and this broker has not refused it since
+	negotiated         bool        // passthrough was
 	resend             bool        // RESEND was negotiated
 	inherited          sync.Once   // an earlier worker's request was answered
 

@@ -93,7 +93,8 @@ func (m *Mount) options() *fuse.MountOptions {
 // Init implements fuse.RawFileSystem: INIT has been answered.
 func (m *Mount) Init(s *fuse.Server) {
 	kernel := s.KernelSettings().Flags64()
-	m.pass.Store(m.cfg.Features.Passthrough && kernel&fuse.CAP_PASSTHROUGH != 0)
+	m.negotiated = m.cfg.Features.Passthrough && kernel&fuse.CAP_PASSTHROUGH != 0
+	m.pass.Store(m.negotiated)
 	m.resend = m.cfg.Features.Resend && kernel&fuse.CAP_HAS_RESEND != 0
 }
 
@@ -256,6 +257,9 @@ func (s *Served) giveUp() error {
 	defer unix.Close(pair[1]) // reads of the other end are at an end
 	return unix.Dup3(pair[0], s.fd, unix.O_CLOEXEC)
 }
+
+// TryPassthrough is for when there is another broker: it may know a tier that the last one refused files of.
+func (m *Mount) TryPassthrough() { m.pass.Store(m.negotiated) }
 
 // Passthrough and Resend report what was negotiated.
 func (m *Mount) Passthrough() bool { return m.pass.Load() }

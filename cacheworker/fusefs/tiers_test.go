@@ -2,9 +2,13 @@ package fusefs
 
 import (
 	"bytes"
+	"context"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
+
+	"github.com/larderfs/larder/cacheworker/object"
 )
 
 // fileOf is the cache file of that size in a tier, "" for none.
@@ -45,6 +49,46 @@ func (w *world) readsFrom(u *user, path, cacheFile string) bool {
 		w.t.Fatal(err)
 	}
 	return bytes.Equal(got, other) && w.counters.Reads.Load() == reads
+}
+
+// A broker that does not know a tier yet refuses its files: they are read without passthrough, until there is a broker that
+// does.
+func TestPassthroughIsTriedAgainWithAnotherBroker(t *testing.T) {
+	old := &outdated{}
+	w := newWorld(t, options{broker: func(b Broker) Broker { old.Broker = b; return old }})
+	old.refuses.Store(true)
+	u := newUser(t, 65534)
+	want := bytesOf(1, 1<<20)
+	w.put("f", want)
+	w.complete(u, "f")
+	for range 2 {
+		if got := u.sum(w.data("f")); got != sumOf(want) || w.backing(w.node("f")) != 0 {
+			t.Error("refused, it is not read without passthrough")
+		}
+	}
+	old.refuses.Store(false)
+	w.served().TryPassthrough()
+	for range 2 {
+		if got := u.sum(w.data("f")); got != sumOf(want) {
+			t.Error("wrong bytes")
+		}
+	}
+	if w.backing(w.node("f")) == 0 {
+		t.Error("it is not passed through again")
+	}
+}
+
+// outdated is a broker that refuses files, or not.
+type outdated struct {
+	Broker
+	refuses atomic.Bool
+}
+
+func (o *outdated) Register(ctx context.Context, volume string, node uint64, f *os.File) (int32, error) {
+	if o.refuses.Load() {
+		return 0, object.ErrDenied
+	}
+	return o.Broker.Register(ctx, volume, node, f)
 }
 
 // A file of the slower tier is passed through, by a view of its own. Asked for more often it is copied up, and then the kernel

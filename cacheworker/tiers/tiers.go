@@ -12,7 +12,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -464,9 +466,17 @@ type Status struct {
 func (c *Cache) Tiers() []Status {
 	var all []Status
 	for _, t := range c.tiers {
-		all = append(all, Status{Dir: t.dir, Kind: t.kind, Stats: t.Stats(), ReceivedBytes: t.received.Load()})
+		all = append(all, Status{Dir: named(t.dir), Kind: t.kind, Stats: t.Stats(), ReceivedBytes: t.received.Load()})
 	}
 	return append(all, c.failed...)
+}
+
+// named is a directory's name, where it was given by descriptor.
+func named(dir string) string {
+	if name, err := os.Readlink(dir); err == nil && strings.HasPrefix(dir, "/proc/self/fd/") {
+		return name
+	}
+	return dir
 }
 
 // Stats are those of all tiers together: what is in two of them counts in both.

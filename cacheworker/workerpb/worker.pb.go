@@ -181,6 +181,7 @@ type WorkerStatus struct {
 	AheadBytes       uint64                 `protobuf:"varint,28,opt,name=ahead_bytes,json=aheadBytes,proto3" json:"ahead_bytes,omitempty"`                     // of fetched_bytes, before anybody asked for them
 	AheadReadBytes   uint64                 `protobuf:"varint,29,opt,name=ahead_read_bytes,json=aheadReadBytes,proto3" json:"ahead_read_bytes,omitempty"`       // of ahead_bytes, in chunks that were read since, or whose file was given away
 	AheadWastedBytes uint64                 `protobuf:"varint,30,opt,name=ahead_wasted_bytes,json=aheadWastedBytes,proto3" json:"ahead_wasted_bytes,omitempty"` // of ahead_bytes, in chunks that were evicted or dropped before that
+	Tiers            []*TierStatus          `protobuf:"bytes,31,rep,name=tiers,proto3" json:"tiers,omitempty"`                                                  // fastest first
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -425,6 +426,138 @@ func (x *WorkerStatus) GetAheadWastedBytes() uint64 {
 	return 0
 }
 
+func (x *WorkerStatus) GetTiers() []*TierStatus {
+	if x != nil {
+		return x.Tiers
+	}
+	return nil
+}
+
+// TierStatus is one cache directory's.
+type TierStatus struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Dir           string                 `protobuf:"bytes,1,opt,name=dir,proto3" json:"dir,omitempty"`
+	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`                                         // MEM, SSD, HDD
+	Error         string                 `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`                                       // why it could not be opened; "" if it was
+	Healthy       bool                   `protobuf:"varint,4,opt,name=healthy,proto3" json:"healthy,omitempty"`                                  // now: it takes what is put
+	CachedBytes   int64                  `protobuf:"varint,5,opt,name=cached_bytes,json=cachedBytes,proto3" json:"cached_bytes,omitempty"`       // now; an object may be in two tiers
+	UnlinkedBytes int64                  `protobuf:"varint,6,opt,name=unlinked_bytes,json=unlinkedBytes,proto3" json:"unlinked_bytes,omitempty"` // now
+	CapacityBytes int64                  `protobuf:"varint,7,opt,name=capacity_bytes,json=capacityBytes,proto3" json:"capacity_bytes,omitempty"`
+	PinnedBytes   int64                  `protobuf:"varint,8,opt,name=pinned_bytes,json=pinnedBytes,proto3" json:"pinned_bytes,omitempty"` // now
+	Objects       int64                  `protobuf:"varint,9,opt,name=objects,proto3" json:"objects,omitempty"`                            // now
+	EvictedBytes  uint64                 `protobuf:"varint,10,opt,name=evicted_bytes,json=evictedBytes,proto3" json:"evicted_bytes,omitempty"`
+	ReceivedBytes uint64                 `protobuf:"varint,11,opt,name=received_bytes,json=receivedBytes,proto3" json:"received_bytes,omitempty"` // from other tiers
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TierStatus) Reset() {
+	*x = TierStatus{}
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TierStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TierStatus) ProtoMessage() {}
+
+func (x *TierStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TierStatus.ProtoReflect.Descriptor instead.
+func (*TierStatus) Descriptor() ([]byte, []int) {
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *TierStatus) GetDir() string {
+	if x != nil {
+		return x.Dir
+	}
+	return ""
+}
+
+func (x *TierStatus) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *TierStatus) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *TierStatus) GetHealthy() bool {
+	if x != nil {
+		return x.Healthy
+	}
+	return false
+}
+
+func (x *TierStatus) GetCachedBytes() int64 {
+	if x != nil {
+		return x.CachedBytes
+	}
+	return 0
+}
+
+func (x *TierStatus) GetUnlinkedBytes() int64 {
+	if x != nil {
+		return x.UnlinkedBytes
+	}
+	return 0
+}
+
+func (x *TierStatus) GetCapacityBytes() int64 {
+	if x != nil {
+		return x.CapacityBytes
+	}
+	return 0
+}
+
+func (x *TierStatus) GetPinnedBytes() int64 {
+	if x != nil {
+		return x.PinnedBytes
+	}
+	return 0
+}
+
+func (x *TierStatus) GetObjects() int64 {
+	if x != nil {
+		return x.Objects
+	}
+	return 0
+}
+
+func (x *TierStatus) GetEvictedBytes() uint64 {
+	if x != nil {
+		return x.EvictedBytes
+	}
+	return 0
+}
+
+func (x *TierStatus) GetReceivedBytes() uint64 {
+	if x != nil {
+		return x.ReceivedBytes
+	}
+	return 0
+}
+
 type VolumeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
@@ -434,7 +567,7 @@ type VolumeRequest struct {
 
 func (x *VolumeRequest) Reset() {
 	*x = VolumeRequest{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[4]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -446,7 +579,7 @@ func (x *VolumeRequest) String() string {
 func (*VolumeRequest) ProtoMessage() {}
 
 func (x *VolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[4]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -459,7 +592,7 @@ func (x *VolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRequest.ProtoReflect.Descriptor instead.
 func (*VolumeRequest) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{4}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *VolumeRequest) GetVolumeId() string {
@@ -487,7 +620,7 @@ type VolumeStatus struct {
 
 func (x *VolumeStatus) Reset() {
 	*x = VolumeStatus{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[5]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -499,7 +632,7 @@ func (x *VolumeStatus) String() string {
 func (*VolumeStatus) ProtoMessage() {}
 
 func (x *VolumeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[5]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -512,7 +645,7 @@ func (x *VolumeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeStatus.ProtoReflect.Descriptor instead.
 func (*VolumeStatus) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{5}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *VolumeStatus) GetVolumeId() string {
@@ -597,7 +730,7 @@ type Feature struct {
 
 func (x *Feature) Reset() {
 	*x = Feature{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[6]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -609,7 +742,7 @@ func (x *Feature) String() string {
 func (*Feature) ProtoMessage() {}
 
 func (x *Feature) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[6]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -622,7 +755,7 @@ func (x *Feature) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Feature.ProtoReflect.Descriptor instead.
 func (*Feature) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{6}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Feature) GetName() string {
@@ -655,7 +788,7 @@ type UsersRequest struct {
 
 func (x *UsersRequest) Reset() {
 	*x = UsersRequest{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[7]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -667,7 +800,7 @@ func (x *UsersRequest) String() string {
 func (*UsersRequest) ProtoMessage() {}
 
 func (x *UsersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[7]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -680,7 +813,7 @@ func (x *UsersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsersRequest.ProtoReflect.Descriptor instead.
 func (*UsersRequest) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{7}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *UsersRequest) GetVolumes() []*VolumeUsers {
@@ -700,7 +833,7 @@ type VolumeUsers struct {
 
 func (x *VolumeUsers) Reset() {
 	*x = VolumeUsers{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[8]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -712,7 +845,7 @@ func (x *VolumeUsers) String() string {
 func (*VolumeUsers) ProtoMessage() {}
 
 func (x *VolumeUsers) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[8]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -725,7 +858,7 @@ func (x *VolumeUsers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeUsers.ProtoReflect.Descriptor instead.
 func (*VolumeUsers) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{8}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *VolumeUsers) GetVolumeId() string {
@@ -754,7 +887,7 @@ type Pod struct {
 
 func (x *Pod) Reset() {
 	*x = Pod{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[9]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -766,7 +899,7 @@ func (x *Pod) String() string {
 func (*Pod) ProtoMessage() {}
 
 func (x *Pod) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[9]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -779,7 +912,7 @@ func (x *Pod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pod.ProtoReflect.Descriptor instead.
 func (*Pod) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{9}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Pod) GetNamespace() string {
@@ -811,7 +944,7 @@ type UsersReply struct {
 
 func (x *UsersReply) Reset() {
 	*x = UsersReply{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[10]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -823,7 +956,7 @@ func (x *UsersReply) String() string {
 func (*UsersReply) ProtoMessage() {}
 
 func (x *UsersReply) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[10]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -836,7 +969,7 @@ func (x *UsersReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsersReply.ProtoReflect.Descriptor instead.
 func (*UsersReply) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{10}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{11}
 }
 
 type MountedRequest struct {
@@ -851,7 +984,7 @@ type MountedRequest struct {
 
 func (x *MountedRequest) Reset() {
 	*x = MountedRequest{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[11]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -863,7 +996,7 @@ func (x *MountedRequest) String() string {
 func (*MountedRequest) ProtoMessage() {}
 
 func (x *MountedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[11]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -876,7 +1009,7 @@ func (x *MountedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountedRequest.ProtoReflect.Descriptor instead.
 func (*MountedRequest) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{11}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *MountedRequest) GetPath() string {
@@ -917,7 +1050,7 @@ type MountedReply struct {
 
 func (x *MountedReply) Reset() {
 	*x = MountedReply{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[12]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -929,7 +1062,7 @@ func (x *MountedReply) String() string {
 func (*MountedReply) ProtoMessage() {}
 
 func (x *MountedReply) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[12]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -942,7 +1075,7 @@ func (x *MountedReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountedReply.ProtoReflect.Descriptor instead.
 func (*MountedReply) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{12}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *MountedReply) GetSecrets() []string {
@@ -969,7 +1102,7 @@ type ListFolderRequest struct {
 
 func (x *ListFolderRequest) Reset() {
 	*x = ListFolderRequest{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[13]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -981,7 +1114,7 @@ func (x *ListFolderRequest) String() string {
 func (*ListFolderRequest) ProtoMessage() {}
 
 func (x *ListFolderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[13]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -994,7 +1127,7 @@ func (x *ListFolderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFolderRequest.ProtoReflect.Descriptor instead.
 func (*ListFolderRequest) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{13}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ListFolderRequest) GetPath() string {
@@ -1021,7 +1154,7 @@ type ListFolderReply struct {
 
 func (x *ListFolderReply) Reset() {
 	*x = ListFolderReply{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[14]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1033,7 +1166,7 @@ func (x *ListFolderReply) String() string {
 func (*ListFolderReply) ProtoMessage() {}
 
 func (x *ListFolderReply) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[14]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1046,7 +1179,7 @@ func (x *ListFolderReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFolderReply.ProtoReflect.Descriptor instead.
 func (*ListFolderReply) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{14}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListFolderReply) GetEntries() []*PathEntry {
@@ -1072,7 +1205,7 @@ type StatPathRequest struct {
 
 func (x *StatPathRequest) Reset() {
 	*x = StatPathRequest{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[15]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1084,7 +1217,7 @@ func (x *StatPathRequest) String() string {
 func (*StatPathRequest) ProtoMessage() {}
 
 func (x *StatPathRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[15]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1097,7 +1230,7 @@ func (x *StatPathRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatPathRequest.ProtoReflect.Descriptor instead.
 func (*StatPathRequest) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{15}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *StatPathRequest) GetPath() string {
@@ -1121,7 +1254,7 @@ type PathEntry struct {
 
 func (x *PathEntry) Reset() {
 	*x = PathEntry{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[16]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1133,7 +1266,7 @@ func (x *PathEntry) String() string {
 func (*PathEntry) ProtoMessage() {}
 
 func (x *PathEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[16]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1146,7 +1279,7 @@ func (x *PathEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathEntry.ProtoReflect.Descriptor instead.
 func (*PathEntry) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{16}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PathEntry) GetName() string {
@@ -1200,7 +1333,7 @@ type ReadFileRequest struct {
 
 func (x *ReadFileRequest) Reset() {
 	*x = ReadFileRequest{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[17]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1212,7 +1345,7 @@ func (x *ReadFileRequest) String() string {
 func (*ReadFileRequest) ProtoMessage() {}
 
 func (x *ReadFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[17]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1225,7 +1358,7 @@ func (x *ReadFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileRequest.ProtoReflect.Descriptor instead.
 func (*ReadFileRequest) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{17}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReadFileRequest) GetPath() string {
@@ -1244,7 +1377,7 @@ type FileBytes struct {
 
 func (x *FileBytes) Reset() {
 	*x = FileBytes{}
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[18]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1256,7 +1389,7 @@ func (x *FileBytes) String() string {
 func (*FileBytes) ProtoMessage() {}
 
 func (x *FileBytes) ProtoReflect() protoreflect.Message {
-	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[18]
+	mi := &file_cacheworker_workerpb_worker_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1269,7 +1402,7 @@ func (x *FileBytes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileBytes.ProtoReflect.Descriptor instead.
 func (*FileBytes) Descriptor() ([]byte, []int) {
-	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{18}
+	return file_cacheworker_workerpb_worker_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *FileBytes) GetData() []byte {
@@ -1288,7 +1421,7 @@ const file_cacheworker_workerpb_worker_proto_rawDesc = "" +
 	"\binstance\x18\x01 \x01(\tR\binstance\"+\n" +
 	"\rHandOverReply\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\"\x0f\n" +
-	"\rStatusRequest\"\xd6\b\n" +
+	"\rStatusRequest\"\x8a\t\n" +
 	"\fWorkerStatus\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x10\n" +
@@ -1325,7 +1458,22 @@ const file_cacheworker_workerpb_worker_proto_rawDesc = "" +
 	"\vahead_bytes\x18\x1c \x01(\x04R\n" +
 	"aheadBytes\x12(\n" +
 	"\x10ahead_read_bytes\x18\x1d \x01(\x04R\x0eaheadReadBytes\x12,\n" +
-	"\x12ahead_wasted_bytes\x18\x1e \x01(\x04R\x10aheadWastedBytes\",\n" +
+	"\x12ahead_wasted_bytes\x18\x1e \x01(\x04R\x10aheadWastedBytes\x122\n" +
+	"\x05tiers\x18\x1f \x03(\v2\x1c.larder.worker.v1.TierStatusR\x05tiers\"\xdc\x02\n" +
+	"\n" +
+	"TierStatus\x12\x10\n" +
+	"\x03dir\x18\x01 \x01(\tR\x03dir\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x14\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\x12\x18\n" +
+	"\ahealthy\x18\x04 \x01(\bR\ahealthy\x12!\n" +
+	"\fcached_bytes\x18\x05 \x01(\x03R\vcachedBytes\x12%\n" +
+	"\x0eunlinked_bytes\x18\x06 \x01(\x03R\runlinkedBytes\x12%\n" +
+	"\x0ecapacity_bytes\x18\a \x01(\x03R\rcapacityBytes\x12!\n" +
+	"\fpinned_bytes\x18\b \x01(\x03R\vpinnedBytes\x12\x18\n" +
+	"\aobjects\x18\t \x01(\x03R\aobjects\x12#\n" +
+	"\revicted_bytes\x18\n" +
+	" \x01(\x04R\fevictedBytes\x12%\n" +
+	"\x0ereceived_bytes\x18\v \x01(\x04R\rreceivedBytes\",\n" +
 	"\rVolumeRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\"\xb1\x02\n" +
 	"\fVolumeStatus\x12\x1b\n" +
@@ -1408,58 +1556,60 @@ func file_cacheworker_workerpb_worker_proto_rawDescGZIP() []byte {
 	return file_cacheworker_workerpb_worker_proto_rawDescData
 }
 
-var file_cacheworker_workerpb_worker_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_cacheworker_workerpb_worker_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_cacheworker_workerpb_worker_proto_goTypes = []any{
 	(*HandOverRequest)(nil),       // 0: larder.worker.v1.HandOverRequest
 	(*HandOverReply)(nil),         // 1: larder.worker.v1.HandOverReply
 	(*StatusRequest)(nil),         // 2: larder.worker.v1.StatusRequest
 	(*WorkerStatus)(nil),          // 3: larder.worker.v1.WorkerStatus
-	(*VolumeRequest)(nil),         // 4: larder.worker.v1.VolumeRequest
-	(*VolumeStatus)(nil),          // 5: larder.worker.v1.VolumeStatus
-	(*Feature)(nil),               // 6: larder.worker.v1.Feature
-	(*UsersRequest)(nil),          // 7: larder.worker.v1.UsersRequest
-	(*VolumeUsers)(nil),           // 8: larder.worker.v1.VolumeUsers
-	(*Pod)(nil),                   // 9: larder.worker.v1.Pod
-	(*UsersReply)(nil),            // 10: larder.worker.v1.UsersReply
-	(*MountedRequest)(nil),        // 11: larder.worker.v1.MountedRequest
-	(*MountedReply)(nil),          // 12: larder.worker.v1.MountedReply
-	(*ListFolderRequest)(nil),     // 13: larder.worker.v1.ListFolderRequest
-	(*ListFolderReply)(nil),       // 14: larder.worker.v1.ListFolderReply
-	(*StatPathRequest)(nil),       // 15: larder.worker.v1.StatPathRequest
-	(*PathEntry)(nil),             // 16: larder.worker.v1.PathEntry
-	(*ReadFileRequest)(nil),       // 17: larder.worker.v1.ReadFileRequest
-	(*FileBytes)(nil),             // 18: larder.worker.v1.FileBytes
-	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
+	(*TierStatus)(nil),            // 4: larder.worker.v1.TierStatus
+	(*VolumeRequest)(nil),         // 5: larder.worker.v1.VolumeRequest
+	(*VolumeStatus)(nil),          // 6: larder.worker.v1.VolumeStatus
+	(*Feature)(nil),               // 7: larder.worker.v1.Feature
+	(*UsersRequest)(nil),          // 8: larder.worker.v1.UsersRequest
+	(*VolumeUsers)(nil),           // 9: larder.worker.v1.VolumeUsers
+	(*Pod)(nil),                   // 10: larder.worker.v1.Pod
+	(*UsersReply)(nil),            // 11: larder.worker.v1.UsersReply
+	(*MountedRequest)(nil),        // 12: larder.worker.v1.MountedRequest
+	(*MountedReply)(nil),          // 13: larder.worker.v1.MountedReply
+	(*ListFolderRequest)(nil),     // 14: larder.worker.v1.ListFolderRequest
+	(*ListFolderReply)(nil),       // 15: larder.worker.v1.ListFolderReply
+	(*StatPathRequest)(nil),       // 16: larder.worker.v1.StatPathRequest
+	(*PathEntry)(nil),             // 17: larder.worker.v1.PathEntry
+	(*ReadFileRequest)(nil),       // 18: larder.worker.v1.ReadFileRequest
+	(*FileBytes)(nil),             // 19: larder.worker.v1.FileBytes
+	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
 }
 var file_cacheworker_workerpb_worker_proto_depIdxs = []int32{
-	19, // 0: larder.worker.v1.WorkerStatus.started:type_name -> google.protobuf.Timestamp
-	5,  // 1: larder.worker.v1.WorkerStatus.volumes:type_name -> larder.worker.v1.VolumeStatus
-	6,  // 2: larder.worker.v1.WorkerStatus.features:type_name -> larder.worker.v1.Feature
-	8,  // 3: larder.worker.v1.UsersRequest.volumes:type_name -> larder.worker.v1.VolumeUsers
-	9,  // 4: larder.worker.v1.VolumeUsers.pods:type_name -> larder.worker.v1.Pod
-	16, // 5: larder.worker.v1.ListFolderReply.entries:type_name -> larder.worker.v1.PathEntry
-	19, // 6: larder.worker.v1.PathEntry.modified:type_name -> google.protobuf.Timestamp
-	2,  // 7: larder.worker.v1.Worker.Status:input_type -> larder.worker.v1.StatusRequest
-	7,  // 8: larder.worker.v1.Worker.Users:input_type -> larder.worker.v1.UsersRequest
-	4,  // 9: larder.worker.v1.Worker.Volume:input_type -> larder.worker.v1.VolumeRequest
-	11, // 10: larder.worker.v1.Worker.Mounted:input_type -> larder.worker.v1.MountedRequest
-	13, // 11: larder.worker.v1.Worker.ListFolder:input_type -> larder.worker.v1.ListFolderRequest
-	15, // 12: larder.worker.v1.Worker.StatPath:input_type -> larder.worker.v1.StatPathRequest
-	17, // 13: larder.worker.v1.Worker.ReadFile:input_type -> larder.worker.v1.ReadFileRequest
-	0,  // 14: larder.worker.v1.Worker.HandOver:input_type -> larder.worker.v1.HandOverRequest
-	3,  // 15: larder.worker.v1.Worker.Status:output_type -> larder.worker.v1.WorkerStatus
-	10, // 16: larder.worker.v1.Worker.Users:output_type -> larder.worker.v1.UsersReply
-	5,  // 17: larder.worker.v1.Worker.Volume:output_type -> larder.worker.v1.VolumeStatus
-	12, // 18: larder.worker.v1.Worker.Mounted:output_type -> larder.worker.v1.MountedReply
-	14, // 19: larder.worker.v1.Worker.ListFolder:output_type -> larder.worker.v1.ListFolderReply
-	16, // 20: larder.worker.v1.Worker.StatPath:output_type -> larder.worker.v1.PathEntry
-	18, // 21: larder.worker.v1.Worker.ReadFile:output_type -> larder.worker.v1.FileBytes
-	1,  // 22: larder.worker.v1.Worker.HandOver:output_type -> larder.worker.v1.HandOverReply
-	15, // [15:23] is the sub-list for method output_type
-	7,  // [7:15] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	20, // 0: larder.worker.v1.WorkerStatus.started:type_name -> google.protobuf.Timestamp
+	6,  // 1: larder.worker.v1.WorkerStatus.volumes:type_name -> larder.worker.v1.VolumeStatus
+	7,  // 2: larder.worker.v1.WorkerStatus.features:type_name -> larder.worker.v1.Feature
+	4,  // 3: larder.worker.v1.WorkerStatus.tiers:type_name -> larder.worker.v1.TierStatus
+	9,  // 4: larder.worker.v1.UsersRequest.volumes:type_name -> larder.worker.v1.VolumeUsers
+	10, // 5: larder.worker.v1.VolumeUsers.pods:type_name -> larder.worker.v1.Pod
+	17, // 6: larder.worker.v1.ListFolderReply.entries:type_name -> larder.worker.v1.PathEntry
+	20, // 7: larder.worker.v1.PathEntry.modified:type_name -> google.protobuf.Timestamp
+	2,  // 8: larder.worker.v1.Worker.Status:input_type -> larder.worker.v1.StatusRequest
+	8,  // 9: larder.worker.v1.Worker.Users:input_type -> larder.worker.v1.UsersRequest
+	5,  // 10: larder.worker.v1.Worker.Volume:input_type -> larder.worker.v1.VolumeRequest
+	12, // 11: larder.worker.v1.Worker.Mounted:input_type -> larder.worker.v1.MountedRequest
+	14, // 12: larder.worker.v1.Worker.ListFolder:input_type -> larder.worker.v1.ListFolderRequest
+	16, // 13: larder.worker.v1.Worker.StatPath:input_type -> larder.worker.v1.StatPathRequest
+	18, // 14: larder.worker.v1.Worker.ReadFile:input_type -> larder.worker.v1.ReadFileRequest
+	0,  // 15: larder.worker.v1.Worker.HandOver:input_type -> larder.worker.v1.HandOverRequest
+	3,  // 16: larder.worker.v1.Worker.Status:output_type -> larder.worker.v1.WorkerStatus
+	11, // 17: larder.worker.v1.Worker.Users:output_type -> larder.worker.v1.UsersReply
+	6,  // 18: larder.worker.v1.Worker.Volume:output_type -> larder.worker.v1.VolumeStatus
+	13, // 19: larder.worker.v1.Worker.Mounted:output_type -> larder.worker.v1.MountedReply
+	15, // 20: larder.worker.v1.Worker.ListFolder:output_type -> larder.worker.v1.ListFolderReply
+	17, // 21: larder.worker.v1.Worker.StatPath:output_type -> larder.worker.v1.PathEntry
+	19, // 22: larder.worker.v1.Worker.ReadFile:output_type -> larder.worker.v1.FileBytes
+	1,  // 23: larder.worker.v1.Worker.HandOver:output_type -> larder.worker.v1.HandOverReply
+	16, // [16:24] is the sub-list for method output_type
+	8,  // [8:16] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_cacheworker_workerpb_worker_proto_init() }
@@ -1473,7 +1623,7 @@ func file_cacheworker_workerpb_worker_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_cacheworker_workerpb_worker_proto_rawDesc), len(file_cacheworker_workerpb_worker_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   19,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -47,9 +47,24 @@ type nodeStatus struct {
 
 	Started time.Time `json:"started,omitzero"` // of the worker
 
+	Tiers    []tierStatus    `json:"tiers,omitempty"` // fastest first
 	Mounts   []mountStatus   `json:"mounts"`
 	Features []featureStatus `json:"features"`
 	Errors   []string        `json:"errors,omitempty"` // what could not be asked
+}
+
+type tierStatus struct {
+	Dir           string `json:"dir"`
+	Kind          string `json:"kind"` // MEM, SSD, HDD
+	Healthy       bool   `json:"healthy"`
+	CachedBytes   int64  `json:"cachedBytes"`
+	UnlinkedBytes int64  `json:"unlinkedBytes"`
+	CapacityBytes int64  `json:"capacityBytes"`
+	PinnedBytes   int64  `json:"pinnedBytes"`
+	Objects       int64  `json:"objects"`
+	EvictedBytes  uint64 `json:"evictedBytes"`
+	ReceivedBytes uint64 `json:"receivedBytes"`   // from other tiers
+	Error         string `json:"error,omitempty"` // why it could not be opened
 }
 
 type mountStatus struct {
@@ -133,6 +148,13 @@ func newStatus(w *workerpb.WorkerStatus, brokerPID int, mounts []brokerwire.Moun
 		s.EvictedBytes = w.GetEvictedBytes()
 		s.ReadingIndex, s.UnverifiedBytes = w.GetReadingIndex(), w.GetUnverifiedBytes()
 		s.BadChunks, s.CacheErrors = w.GetBadChunks(), w.GetCacheErrors()
+		for _, t := range w.GetTiers() {
+			s.Tiers = append(s.Tiers, tierStatus{
+				Dir: t.GetDir(), Kind: t.GetKind(), Healthy: t.GetHealthy(), CachedBytes: t.GetCachedBytes(), UnlinkedBytes: t.GetUnlinkedBytes(),
+				CapacityBytes: t.GetCapacityBytes(), PinnedBytes: t.GetPinnedBytes(), Objects: t.GetObjects(),
+				EvictedBytes: t.GetEvictedBytes(), ReceivedBytes: t.GetReceivedBytes(), Error: t.GetError(),
+			})
+		}
 		for _, f := range w.GetFeatures() {
 			s.Features = append(s.Features, featureStatus{f.GetName(), f.GetAvailable(), f.GetReason()})
 		}
@@ -199,6 +221,7 @@ func (s nodeStatus) print(out io.Writer) error {
 
 func (s nodeStatus) printCache(out io.Writer) {
 	fmt.Fprintf(out, "cached   %s of %s in %d objects, %d complete\n", bytes(s.CachedBytes), bytes(s.CapacityBytes), s.Objects, s.Complete)
+	s.printTiers(out)
 	if s.ReadingIndex {
 		fmt.Fprintln(out, "index    being read: there is more in the cache than this")
 	}
@@ -213,6 +236,24 @@ func (s nodeStatus) printCache(out io.Writer) {
 	fmt.Fprintf(out, "ahead    %s of that before anybody asked, %s of it read since, %s evicted unread\n",
 		bytes(int64(s.AheadBytes)), bytes(int64(s.AheadRead)), bytes(int64(s.AheadWasted)))
 	fmt.Fprintf(out, "resent   %d requests that an earlier worker had left\n", s.Resent)
+}
+
+// printTiers has a line for each of several tiers.
+func (s nodeStatus) printTiers(out io.Writer) {
+	if len(s.Tiers) < 2 {
+		return
+	}
+	for _, t := range s.Tiers {
+		state := ""
+		switch {
+		case t.Error != "":
+			state = ", not used: " + t.Error
+		case !t.Healthy:
+			state = ", refuses to be written"
+		}
+		fmt.Fprintf(out, "%-8s %s of %s in %d objects, %s pinned, %s moved in, %s evicted: %s%s\n", t.Kind, bytes(t.CachedBytes), bytes(t.CapacityBytes),
+			t.Objects, bytes(t.PinnedBytes), bytes(int64(t.ReceivedBytes)), bytes(int64(t.EvictedBytes)), t.Dir, state)
+	}
 }
 
 func (s nodeStatus) printMounts(out io.Writer) error {

@@ -21,7 +21,11 @@ func TestStatusTellsWhoHoldsWhatSinceWhen(t *testing.T) {
 		Features: []*workerpb.Feature{{Name: "passthrough", Reason: "not offered by a flag"}, {Name: "resend", Available: true}},
 	}
 	rebooted := &workerpb.WorkerStatus{Uuid: uuid, Version: "v1.2.3", Pid: 7, Started: timestamppb.New(noon), CachedBytes: 3 << 30, CapacityBytes: 10 << 30,
-		Objects: 9, ReadingIndex: true, UnverifiedBytes: 1 << 30, BadChunks: 2, CacheErrors: 5}
+		Objects: 9, ReadingIndex: true, UnverifiedBytes: 1 << 30, BadChunks: 2, CacheErrors: 5,
+		Tiers: []*workerpb.TierStatus{
+			{Dir: "/dev/shm/larder", Kind: "MEM", Healthy: true, CachedBytes: 1 << 20, CapacityBytes: 1 << 30, Objects: 1, ReceivedBytes: 1 << 20},
+			{Dir: "/mnt/nvme", Kind: "SSD", CachedBytes: 3 << 30, CapacityBytes: 9 << 30, Objects: 8, PinnedBytes: 2 << 30, EvictedBytes: 5},
+			{Dir: "/mnt/disk", Kind: "HDD", Error: "open /mnt/disk: input/output error"}}}
 	in := func(s string) brokerwire.Volume { return brokerwire.Volume{Source: "s3://bucket/" + s} }
 	mounts := []brokerwire.Mount{
 		{VolumeID: "lv-c", Path: "/p/c", Volume: in("c"), Since: noon.Add(-time.Hour), Takeovers: 12, LongestStall: 61250 * time.Millisecond,

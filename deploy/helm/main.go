@@ -135,12 +135,18 @@ func resources(of, requests, limits string) edit {
 		"        resources: {{- toYaml .Values." + of + ".resources | nindent 10 }}\n"}
 }
 
+// eachTier writes lines for every tier behind the first.
+func eachTier(lines string) string {
+	return "        {{- range $i, $t := .Values.cache.tiers }}\n" + lines + "        {{- end }}\n"
+}
+
 // placement of the two DaemonSets.
 func placement(comment string) []edit {
 	return []edit{
 		{1, "      tolerations:\n      - operator: Exists # " + comment + "\n", "      {{- with .Values.tolerations }}\n      tolerations: {{- toYaml . | nindent 6 }}\n      {{- end }}\n"},
 		{1, "      nodeSelector:\n        kubernetes.io/os: linux\n", "      {{- with .Values.nodeSelector }}\n      nodeSelector: {{- toYaml . | nindent 8 }}\n      {{- end }}\n"},
 		{1, "hostPath: {path: /var/cache/larder,", "hostPath: {path: {{ .Values.cache.dir }},"},
+		{1, "      volumes:\n", "      volumes:\n" + eachTier("      - name: cache-{{ add1 $i }}\n        hostPath: {path: {{ $t.dir }}, type: DirectoryOrCreate}\n")},
 	}
 }
 
@@ -189,6 +195,8 @@ var edits = map[string][]edit{
 			"      {{- end }}\n      containers:\n"},
 	},
 	"node.yaml": append(placement("wherever a pod may run; the startup taint among them"),
+		edit{1, "        - --tier-dir=/var/cache/larder\n", "        - --tier-dir=/var/cache/larder\n" + eachTier("        - --tier-dir=/var/cache/larder-{{ add1 $i }}\n")},
+		edit{1, "        volumeMounts:\n", "        volumeMounts:\n" + eachTier("        - name: cache-{{ add1 $i }}\n          mountPath: /var/cache/larder-{{ add1 $i }}\n")},
 		list("        - --metrics-listen=:9812\n", "node.extraArgs", "{{ . }}"),
 		list("        - --metrics-listen=:9812\n", "inlineEndpoints", "--inline-endpoint={{ . }}"),
 		list("        - --metrics-listen=:9812\n", "driverCredentials", "--driver-credentials={{ . }}"),
@@ -199,7 +207,10 @@ var edits = map[string][]edit{
 	"worker.yaml": append(placement("wherever a pod may run"),
 		clients,
 		list("        - --metrics-listen=:9811\n", "worker.extraArgs", "{{ . }}"),
-		edit{1, "--tier=/var/cache/larder:10GiB", "--tier=/var/cache/larder:{{ .Values.cache.capacity }}"},
+		edit{1, "        - --tier=/var/cache/larder:10GiB\n", "        - --tier=/var/cache/larder:{{ .Values.cache.capacity }}\n" + eachTier("        - --tier=/var/cache/larder-{{ add1 $i }}:{{ $t.capacity }}:{{ $t.kind }}\n")},
+		edit{1, "        - --view=/view\n", "        - --view=/view\n" + eachTier("        - --view=/view-{{ add1 $i }}\n")},
+		edit{1, "        volumeMounts:\n", "        volumeMounts:\n" + eachTier("        - name: cache-{{ add1 $i }}\n          mountPath: /var/cache/larder-{{ add1 $i }}\n"+
+			"        - name: cache-{{ add1 $i }}\n          mountPath: /view-{{ add1 $i }}\n          readOnly: true\n")},
 		edit{1, "--min-free=1GiB", "--min-free={{ .Values.cache.minFree }}"},
 		resources("worker", "cpu: 100m, memory: 256Mi", "memory: 2Gi"),
 	),
