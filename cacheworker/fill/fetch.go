@@ -66,6 +66,7 @@ type fetch struct {
 	principal object.Principal
 	class     class
 	reader    *Reader // that reads ahead, else nil
+	way       *way    // of the stream that is read ahead
 	chunks    []*chunk
 	usage     *Usage
 	span      telemetry.Span
@@ -191,6 +192,9 @@ func (f *Fills) get(ctx context.Context, ft *fetch) (err error) {
 		}
 		f.count.unwritten.Add(1)
 		ft.stored <- c
+		if ft.reader != nil {
+			ft.reader.more(ctx)
+		}
 	}
 	f.timed(ft.obj.Store, ft.bytes(), asked, began, time.Now())
 	return nil
@@ -261,6 +265,9 @@ func (f *Fills) reuse(buf []byte) {
 func (f *Fills) progress(c *chunk, n int) (woken bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if r := c.fetch.reader; r != nil {
+		r.came.note(int64(n-c.n), time.Now())
+	}
 	c.n = n
 	if n == c.size && !c.over {
 		f.end(c)
@@ -410,6 +417,7 @@ func (f *Fills) end(c *chunk) {
 	}
 	c.over = true
 	if r := c.fetch.reader; r != nil {
+		c.fetch.way.bytes -= int64(c.size)
 		if r.aheadBytes -= int64(c.size); r.aheadBytes == 0 {
 			f.ahead--
 		}

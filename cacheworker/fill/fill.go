@@ -31,6 +31,7 @@ const (
 	maxQueue      = 4096            // objects waiting to be completed
 	minStreamRead = 256 << 10       // bytes read in a row before there is read-ahead
 	firstWindow   = 32 * mib        // that a stream's window may grow to without asking how the store is
+	leastFlight   = 8 * mib         // that a stream may have on its way however slow it is
 )
 
 // Config of [Fills]. The zero value works.

@@ -78,7 +78,7 @@ func (r *Reader) prefetchFooter(ctx context.Context, length int64) {
 	if l != nil {
 		defer l.release()
 	}
-	r.prefetch(ctx, l, max(from, last-int(r.f.cfg.MaxGetBytes/object.ChunkSize)), last)
+	r.prefetch(ctx, l, &r.elsewhere, max(from, last-int(r.f.cfg.MaxGetBytes/object.ChunkSize)), last)
 }
 
 // learn has the footer looked into beside the reader, until that is closed. kept says that its bytes are kept, or

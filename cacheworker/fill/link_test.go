@@ -19,17 +19,25 @@ type link struct {
 	late       time.Duration
 	connection float64 // bytes a second
 	all        float64
+	uneven     bool // a GET may come twice as late, and half as fast
 
 	mu    sync.Mutex // guards the fields below
-	free  time.Time  // when the link is
-	conns map[string]time.Time
+	rnd   *rand.Rand
+	free  time.Time // when the link is
+	conns map[string]*connection
+}
+
+type connection struct {
+	free time.Time
+	rate float64
 }
 
 func (l *link) before(w *world) {
-	l.conns = map[string]time.Time{}
+	l.conns = map[string]*connection{}
+	l.rnd = rand.New(rand.NewPCG(1, 2))
 	w.store.Before = func(ctx context.Context, _ memsource.Request) error {
 		select {
-		case <-time.After(l.late):
+		case <-time.After(time.Duration(float64(l.late) * l.times())):
 			return nil
 		case <-ctx.Done():
 			return ctx.Err()
@@ -47,7 +55,18 @@ func (l *link) before(w *world) {
 	}
 }
 
+// times is by how much a GET is worse than it could be.
+func (l *link) times() float64 {
+	if !l.uneven {
+		return 1
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return 1 + l.rnd.Float64()
+}
+
 func (l *link) reserve(conn string, n float64) time.Time {
+	times := l.times()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	pass := func(at time.Time, rate float64) time.Time {
@@ -57,9 +76,13 @@ func (l *link) reserve(conn string, n float64) time.Time {
 		return at.Add(time.Duration(n / rate * float64(time.Second)))
 	}
 	l.free = pass(l.free, l.all)
-	l.conns[conn] = pass(l.conns[conn], l.connection)
-	if l.conns[conn].After(l.free) {
-		return l.conns[conn]
+	c := l.conns[conn]
+	if c == nil {
+		c = &connection{rate: l.connection / times}
+		l.conns[conn] = c
+	}
+	if c.free = pass(c.free, c.rate); c.free.After(l.free) {
+		return c.free
 	}
 	return l.free
 }
@@ -82,18 +105,22 @@ func TestTheLinkIsUsed(t *testing.T) {
 	for _, c := range []struct {
 		name       string
 		all        float64
+		uneven     bool
 		readers    int
 		read       func(w *world, r *Reader, obj object.Object)
 		roundTrips float64 // that may be lost, the first one included
 	}{
-		{"OneReader", 400e6, 1, func(w *world, r *Reader, obj object.Object) { w.sequence(r, 0, obj.Size) }, 2.5},
-		{"OneReaderOfAWideLink", 1000e6, 1, func(w *world, r *Reader, obj object.Object) { w.sequence(r, 0, obj.Size) }, 5},
-		{"EightReaders", 400e6, 8, func(w *world, r *Reader, obj object.Object) { w.sequence(r, 0, obj.Size) }, 3},
-		{"RandomStarts", 400e6, 1, randomStarts, 6},
+		{"OneReader", 400e6, false, 1, func(w *world, r *Reader, obj object.Object) { w.sequence(r, 0, obj.Size) }, 2.5},
+		{"OneReaderOfAnUnevenStore", 400e6, true, 1, func(w *world, r *Reader, obj object.Object) { w.sequence(r, 0, obj.Size) }, 4},
+		{"OneReaderOfAWideLink", 1000e6, false, 1, func(w *world, r *Reader, obj object.Object) { w.sequence(r, 0, obj.Size) }, 5},
+		{"EightReaders", 400e6, false, 8, func(w *world, r *Reader, obj object.Object) { w.sequence(r, 0, obj.Size) }, 3},
+		{"EightReadersOfAnUnevenStore", 400e6, true, 8, func(w *world, r *Reader, obj object.Object) { w.sequence(r, 0, obj.Size) }, 4},
+		{"RandomStarts", 400e6, false, 1, randomStarts, 5},
+		{"RandomStartsInAnUnevenStore", 400e6, true, 1, randomStarts, 6},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			bubble(t, Config{}, func(t *testing.T, w *world) {
-				(&link{late: late, connection: 90e6, all: c.all}).before(w)
+				(&link{late: late, connection: 90e6, all: c.all, uneven: c.uneven}).before(w)
 				var wg sync.WaitGroup
 				start := time.Now()
 				for i := range c.readers {

@@ -46,3 +46,31 @@ func (f *Fills) timed(store object.Store, n int64, asked, began, ended time.Time
 	defer f.mu.Unlock()
 	f.paces[store] = f.paces[store].saw(began.Sub(asked), float64(n)/ended.Sub(began).Seconds())
 }
+
+// arrival is how fast bytes come. The zero value knows nothing.
+type arrival struct {
+	rate  float64 // bytes a second
+	bytes int64   // that came since
+	since time.Time
+}
+
+// rateOver is the time over which a speed is taken.
+const rateOver = 50 * time.Millisecond
+
+// note believes at once that it has become faster, and slowly that it has become slower. A time in which next to nothing was
+// asked for tells nothing.
+func (a *arrival) note(n int64, now time.Time) {
+	if a.since.IsZero() {
+		a.since = now
+	}
+	a.bytes += n
+	d := now.Sub(a.since)
+	if d < rateOver {
+		return
+	}
+	if d < 4*rateOver {
+		rate := float64(a.bytes) / d.Seconds()
+		a.rate = max(rate, a.rate+(rate-a.rate)/8)
+	}
+	a.bytes, a.since = 0, now
+}

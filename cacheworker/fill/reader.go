@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/larderfs/larder/cacheworker/cachestore"
 	"github.com/larderfs/larder/cacheworker/fill/parquet"
@@ -45,7 +44,9 @@ type Reader struct {
 	looked  bool   // for parts
 	unlearn func() // ends the look into the footer; may be nil
 
-	aheadBytes int64 // of them, not here; guarded by Fills.mu
+	aheadBytes int64   // on their way to the reader; guarded by Fills.mu
+	came       arrival // of what was; guarded by Fills.mu
+	elsewhere  way     // of no stream
 }
 
 // lease is a cache file that several uses share: the reader's own, and spans.
@@ -223,14 +224,15 @@ func (r *Reader) clip(off int64, n int) int {
 // ReadAt reads len(p) bytes at off, fewer only at the object's end, where n is 0 and err nil. The
 // error wraps a sentinel of package object; then none of p may be used.
 func (r *Reader) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
-	n, err := r.readAt(ctx, p, off)
+	n, err := r.readAt(ctx, p, off, nil)
 	if err != nil {
 		return 0, fmt.Errorf("read %v at %d: %w", r.obj, off, err)
 	}
 	return n, nil
 }
 
-func (r *Reader) readAt(ctx context.Context, p []byte, off int64) (int, error) {
+// readAt copies into p, or if lend is not nil only what is not in memory, and then notes there where all of it is.
+func (r *Reader) readAt(ctx context.Context, p []byte, off int64, lend *Loan) (int, error) {
 	if off < 0 {
 		return 0, fmt.Errorf("%w: negative offset", object.ErrInvalid)
 	}
@@ -238,7 +240,7 @@ func (r *Reader) readAt(ctx context.Context, p []byte, off int64) (int, error) {
 	for done := 0; done < len(p); {
 		at := off + int64(done)
 		n := min(len(p)-done, int((int64(chunkAt(at))+batch)*object.ChunkSize-at))
-		if err := r.step(ctx, p[done:done+n], at); err != nil {
+		if err := r.step(ctx, p[done:done+n], at, lend); err != nil {
 			return 0, err
 		}
 		done += n
@@ -250,13 +252,13 @@ func (r *Reader) readAt(ctx context.Context, p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	if off+int64(len(p)) == r.obj.Size {
-		r.seeTail(ctx, p)
+		r.seeTail(ctx, lend.end(p, parquet.Tail))
 	}
 	return len(p), nil
 }
 
 // step reads a piece of at most batch chunks.
-func (r *Reader) step(ctx context.Context, p []byte, off int64) error {
+func (r *Reader) step(ctx context.Context, p []byte, off int64, lend *Loan) error {
 	first, last := chunkAt(off), chunkAt(off+int64(len(p))-1)
 	if r.fresh() {
 		// Ask first.
@@ -269,6 +271,7 @@ func (r *Reader) step(ctx context.Context, p []byte, off int64) error {
 			}
 			l.release()
 			if n == len(p) {
+				lend.add(p, nil)
 				if !complete {
 					r.readAhead(ctx, off, n)
 				}
@@ -283,6 +286,7 @@ func (r *Reader) step(ctx context.Context, p []byte, off int64) error {
 		}
 	}
 	if r.readTail(p, off) {
+		lend.add(p, nil)
 		return nil
 	}
 	var room [batch]*chunk
@@ -295,7 +299,7 @@ func (r *Reader) step(ctx context.Context, p []byte, off int64) error {
 		if err == nil {
 			lo := max(off, int64(first+k)*object.ChunkSize)
 			hi := min(off+int64(len(p)), int64(first+k+1)*object.ChunkSize)
-			err = r.copyChunk(ctx, c, own>>k&1 == 1, p[lo-off:hi-off], first+k, lo)
+			err = r.copyChunk(ctx, c, own>>k&1 == 1, p[lo-off:hi-off], first+k, lo, lend)
 		} else if c != nil {
 			r.f.done(c, false)
 		}
@@ -418,9 +422,9 @@ func (r *Reader) startAbsent(ctx context.Context, held []*chunk, first int, abse
 
 // copyChunk fills p with the bytes at off, which are of chunk i: from c, or from the disk if c is nil. It
 // ends the hold on c. Where somebody else's fetch failed, it tries with its own.
-func (r *Reader) copyChunk(ctx context.Context, c *chunk, own bool, p []byte, i int, off int64) error {
+func (r *Reader) copyChunk(ctx context.Context, c *chunk, own bool, p []byte, i int, off int64, lend *Loan) error {
 	for retried := false; ; {
-		err := r.copyOnce(ctx, c, p, i, off)
+		err := r.copyOnce(ctx, c, p, i, off, lend)
 		switch {
 		case err == nil || ctx.Err() != nil || r.closed.Load():
 			return err
@@ -441,23 +445,33 @@ func (r *Reader) copyChunk(ctx context.Context, c *chunk, own bool, p []byte, i 
 	}
 }
 
-func (r *Reader) copyOnce(ctx context.Context, c *chunk, p []byte, i int, off int64) error {
+func (r *Reader) copyOnce(ctx context.Context, c *chunk, p []byte, i int, off int64, lend *Loan) error {
 	if c == nil {
-		return r.copyDisk(p, off)
+		err := r.copyDisk(p, off)
+		if err == nil {
+			lend.add(p, nil)
+		}
+		return err
 	}
 	telemetry.Current(ctx).WaitsFor(c.fetch.span)
 	begin := int(off - int64(i)*object.ChunkSize)
 	waited, err := r.f.await(ctx, c, begin+len(p))
-	if err == nil {
-		copy(p, c.buf[begin:])
-		r.fromFetch(len(p), waited)
-		r.f.got(c)
+	if err != nil {
+		r.f.done(c, false)
+		return err
 	}
-	if err == nil && begin+len(p) == c.size {
+	r.fromFetch(len(p), waited)
+	r.f.got(c)
+	if begin+len(p) == c.size {
 		r.f.pass(c)
 	}
-	r.f.done(c, err == nil)
-	return err
+	if lend != nil {
+		lend.add(c.buf[begin:begin+len(p)], c)
+		return nil
+	}
+	copy(p, c.buf[begin:])
+	r.f.done(c, true)
+	return nil
 }
 
 func (r *Reader) copyDisk(p []byte, off int64) error {
@@ -502,17 +516,30 @@ func (r *Reader) fromFetch(n int, waited bool) {
 
 // readAhead takes a read into account and asks for what a stream will read next.
 func (r *Reader) readAhead(ctx context.Context, off int64, n int) {
-	f := r.f
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.closed.Load() {
 		return
 	}
-	st := r.streams.note(off, n, time.Now())
-	parts := r.layout()
-	if parts != nil {
+	st := r.streams.note(off, n)
+	if parts := r.layout(); parts != nil {
 		st.within(parts, off)
 	}
+	r.goOn(ctx, st)
+}
+
+// more asks for what comes next of the stream that was used last, when something has come: its reader may wait
+// for the slowest of several GETs, and all others would end meanwhile.
+func (r *Reader) more(ctx context.Context) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.closed.Load() && len(r.streams.all) > 0 {
+		r.goOn(ctx, &r.streams.all[r.streams.last])
+	}
+}
+
+// goOn asks for what comes next of a stream. Requires r.mu.
+func (r *Reader) goOn(ctx context.Context, st *stream) {
 	if !st.sequential() {
 		return
 	}
@@ -520,23 +547,25 @@ func (r *Reader) readAhead(ctx context.Context, off int64, n int) {
 	if l != nil {
 		defer l.release()
 	}
-	window, chunks := r.window(st.rate), r.obj.Chunks()
-	if end, ok := st.ends(parts); ok {
+	longest := st.longestGet(r.f.cfg.MaxGetBytes)
+	window, flight := r.window(longest)
+	chunks := r.obj.Chunks()
+	if end, ok := st.ends(r.parts); ok {
 		chunks = chunkAt(end + object.ChunkSize - 1)
 	} else if r.columnar.Load() {
 		window = min(window, st.run)
 	}
-	from, to, get := st.next(chunks, window, f.cfg.MaxGetBytes)
-	for from < to {
+	from, to, get := st.next(chunks, window, longest)
+	for from < to && r.onWay(st.way)+r.bytes(from, min(to, from+get)) <= flight {
 		end := min(to, from+get)
-		if !r.prefetch(ctx, l, from, end) {
+		if !r.prefetch(ctx, l, st.way, from, end) {
 			break
 		}
 		from = end
 		st.ahead = end
 	}
-	if r.whole.Load() && !r.columnar.Load() && l != nil && l.file.PresentBytes() > r.obj.Size/4 {
-		r.readRest(ctx, l)
+	if st.hope > 0 && r.whole.Load() && !r.columnar.Load() && l != nil && l.file.PresentBytes() > r.obj.Size/4 {
+		r.readRest(ctx, l, flight)
 	}
 }
 
@@ -544,40 +573,50 @@ func (r *Reader) readAhead(ctx context.Context, off int64, n int) {
 // long pieces: whoever jumps about among them would find the link idle after each jump.
 func (r *Reader) Whole() { r.whole.Store(true) }
 
-// readRest asks for absent chunks from the object's beginning on, as far as a first window goes. Requires r.mu.
-func (r *Reader) readRest(ctx context.Context, l *lease) {
-	const get, most = 4, 64 // chunks of a GET, and looked at in one call
-	for end := min(r.obj.Chunks(), r.rest+most); r.rest < end && r.flying() < firstWindow; r.rest += get {
-		if !r.prefetch(ctx, l, r.rest, min(end, r.rest+get)) {
+// readRest asks for absent chunks from the object's beginning on, as long as less than flight is on its way. Requires r.mu.
+func (r *Reader) readRest(ctx context.Context, l *lease, flight int64) {
+	const most = 64 // chunks looked at in one call
+	for end := min(r.obj.Chunks(), r.rest+most); r.rest < end && r.onWay(nil) < flight; r.rest += leastGet {
+		if !r.prefetch(ctx, l, &r.elsewhere, r.rest, min(end, r.rest+leastGet)) {
 			return
 		}
 	}
 }
 
-// flying is how much read-ahead has asked for and not got.
-func (r *Reader) flying() int64 {
+// onWay is how much a stream has asked for and not got; nil means all of them.
+func (r *Reader) onWay(w *way) int64 {
 	r.f.mu.Lock()
 	defer r.f.mu.Unlock()
-	return r.aheadBytes
+	if w == nil {
+		return r.aheadBytes
+	}
+	return w.bytes
 }
 
-// window is how far this reader may read ahead for a stream of that rate: as much as the store needs in
-// flight to bring twice the rate. Chunks that only the recent memory can hold must not push each other out before they
-// are read.
-func (r *Reader) window(rate float64) int64 {
+// spare is how much more is kept on its way than a store needs at the speed it has now: that may become greater.
+const spare = 2
+
+// window is how far a stream may be read ahead, and how much of that may be on its way, in GETs of that size. It is the
+// reader's own arrivals that count: how fast a stream goes forward says little while it waits for one of many GETs.
+// Chunks that only the recent memory can hold must not push each other out before they are read.
+func (r *Reader) window(get int64) (window, flight int64) {
 	f := r.f
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	window := max(firstWindow, f.paces[r.obj.Store].inFlight(2*rate, f.cfg.MaxGetBytes))
+	window, flight = firstWindow, firstWindow
+	if r.came.rate > 0 {
+		flight = max(leastFlight, f.paces[r.obj.Store].inFlight(spare*r.came.rate, get))
+		window = max(firstWindow, 2*flight)
+	}
 	if r.through.Load() {
 		window = min(window, f.cfg.RecentBytes/int64(2*max(1, f.through)))
 	}
-	return min(window, f.cfg.MaxWindowBytes)
+	return min(window, f.cfg.MaxWindowBytes), flight
 }
 
 // prefetch asks for the absent ones of the chunks [from, to), and reports whether there was memory
 // for it. Requires r.mu.
-func (r *Reader) prefetch(ctx context.Context, l *lease, from, to int) bool {
+func (r *Reader) prefetch(ctx context.Context, l *lease, w *way, from, to int) bool {
 	f := r.f
 	r.prune()
 	for from < to {
@@ -598,14 +637,14 @@ func (r *Reader) prefetch(ctx context.Context, l *lease, from, to int) bool {
 		if !r.share(size) || !f.budget.try(size) {
 			return false
 		}
-		from = r.startAhead(ctx, from, end, gen, size)
+		from = r.startAhead(ctx, w, from, end, gen, size)
 	}
 	return true
 }
 
 // startAhead asks for the first ones in a row of the chunks [first, end) that are not in flight, and returns the one
 // behind them. It does nothing if something was stored since gen was read. Requires r.mu.
-func (r *Reader) startAhead(ctx context.Context, first, end int, gen uint64, paid int64) (next int) {
+func (r *Reader) startAhead(ctx context.Context, w *way, first, end int, gen uint64, paid int64) (next int) {
 	f := r.f
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -626,13 +665,14 @@ func (r *Reader) startAhead(ctx context.Context, first, end int, gen uint64, pai
 	}
 	f.budget.give(paid-r.bytes(first, stop), 0)
 	ft := r.start(ctx, first, stop-1, ahead)
-	ft.reader = r
+	ft.reader, ft.way = r, w
 	if r.aheadBytes == 0 {
 		f.ahead++
 	}
 	for _, c := range ft.chunks {
 		c.interest++
 		r.aheadBytes += int64(c.size)
+		w.bytes += int64(c.size)
 	}
 	r.ahead = append(r.ahead, ft.chunks...)
 	return stop

@@ -2,7 +2,6 @@ package fill
 
 import (
 	"slices"
-	"time"
 
 	"github.com/larderfs/larder/cacheworker/object"
 )
@@ -28,14 +27,13 @@ type stream struct {
 	until   int64 // where the column's part ends that is read; 0 if that is not known
 	parts   int   // of columns that it has read or begun, one behind the other
 	sure    bool  // the stream began where the part does
-
-	rate  float64 // bytes a second that it goes forward
-	from  int64   // where end was at since
-	since time.Time
+	way     *way
 }
 
-// rateOver is the time over which the speed of a stream is taken.
-const rateOver = 20 * time.Millisecond
+// way counts the bytes that were asked for and are not here.
+type way struct {
+	bytes int64 // guarded by Fills.mu
+}
 
 // streams finds the rows among the reads of one open file. The zero value has seen none.
 type streams struct {
@@ -47,7 +45,7 @@ type streams struct {
 
 // note takes a read of n bytes at off into account and returns its stream, valid until the
 // next call.
-func (s *streams) note(off int64, n int, now time.Time) *stream {
+func (s *streams) note(off int64, n int) *stream {
 	s.tick++
 	st := s.find(off)
 	if st == nil {
@@ -55,7 +53,7 @@ func (s *streams) note(off int64, n int, now time.Time) *stream {
 			s.long = (s.long + s.all[s.last].run) / 2
 		}
 		st = s.fresh()
-		*st = stream{start: off, end: off, from: off, since: now, hope: s.long}
+		*st = stream{start: off, end: off, hope: s.long, way: new(way)}
 	}
 	st.used = s.tick
 	s.last = slices.IndexFunc(s.all, func(o stream) bool { return o.used == st.used })
@@ -68,10 +66,6 @@ func (s *streams) note(off int64, n int, now time.Time) *stream {
 	st.skipped += max(0, off-st.end)
 	st.run += min(int64(n), last-st.end)
 	st.end = last
-	if d := now.Sub(st.since); d >= rateOver {
-		st.rate = (st.rate + float64(st.end-st.from)/d.Seconds()) / 2
-		st.from, st.since = st.end, now
-	}
 	return st
 }
 
@@ -111,6 +105,15 @@ func (s *streams) fresh() *stream {
 func (st *stream) sequential() bool {
 	sure := st.sure || st.reads >= 2 || st.start == 0 || st.hope >= minLong
 	return sure && st.run >= minStreamRead && st.skipped <= st.run/2
+}
+
+// longestGet is how long one may be. Who jumps about in a file waits, at each jump, for what is on its way from
+// elsewhere: that is the less, the shorter the GETs are.
+func (st *stream) longestGet(most int64) int64 {
+	if st.hope == 0 {
+		return most
+	}
+	return min(most, max(leastGet*object.ChunkSize, st.hope/16))
 }
 
 // next returns the chunks [from, to) that are to be read ahead now, and how many of them make a

@@ -301,7 +301,6 @@ func (m *Mount) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 			return copied(buf[:got]), fuse.OK
 		}
 	}
-	defer m.unhold(n, false)
 	began := time.Now()
 	ctx, stop := m.requestContext(cancel, opRead)
 	defer stop()
@@ -310,12 +309,41 @@ func (m *Mount) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 		span.Int("offset", off)
 		span.Int("bytes", int64(size))
 	}
-	got, err := r.ReadAt(ctx, buf[:size], off)
+	loan, err := r.Lend(ctx, buf[:size], off)
 	m.cfg.Counters.Took[opRead].Since(began)
 	if err != nil {
+		defer m.unhold(n, false)
 		return nil, m.failed("read", n, err)
 	}
-	return copied(buf[:got]), fuse.OK
+	l := lent{loan, m, n}
+	if loan.Size() == 0 { // go-fuse forgets about it
+		l.Done()
+		return copied(nil), fuse.OK
+	}
+	return l, fuse.OK
+}
+
+// lent is an answer that lies in the memory of chunks, from which the kernel copies it. It is valid until Done.
+type lent struct {
+	*fill.Loan
+	m *Mount
+	n *node
+}
+
+func (l lent) Done() {
+	l.Return()
+	l.m.unhold(l.n, false)
+}
+
+func (l lent) Slices() ([][]byte, fuse.Status) { return l.Pieces(), fuse.OK }
+
+// Bytes is for when there is no writev.
+func (l lent) Bytes(buf []byte) ([]byte, fuse.Status) {
+	n := 0
+	for _, p := range l.Pieces() {
+		n += copy(buf[n:], p)
+	}
+	return buf[:n], fuse.OK
 }
 
 // span is an answer that lies in the cache file, from which go-fuse splices it. It is valid
