@@ -128,7 +128,7 @@ func TestWhatIsWatchedExistsAndMoves(t *testing.T) {
 		return err == nil && now["larder_broker_served_mounts"] == 1
 	})
 	a.end("worker", syscall.SIGKILL)
-	w.until("larder_broker_given_up_mounts_total", "larder_csi_lost_mounts_total")
+	w.until("larder_broker_given_up_mounts_total", "larder_csi_lost_mounts_total", "larder_master_workers")
 	a.start("worker")
 	if err := a.WaitReady(t.Context()); err != nil {
 		t.Fatal(err)
