@@ -53,7 +53,7 @@ func TestWhatIsWatchedExistsAndMoves(t *testing.T) {
 	for _, process := range []string{"master", "node", "worker", "controller"} {
 		more = append(more, process, "--metrics-listen=unix://{dir}/run/"+process+"-metrics.sock")
 	}
-	a := startApart(t, store.Endpoint, append(more, "worker", "--tier={dir}/tier:64MiB")...)
+	a := startApart(t, store.Endpoint, append(more, "worker", "--tier={dir}/tier:64MiB", "master", "--worker-lease=3s")...)
 	w := watch(t, a)
 	gate := newGate(store)
 

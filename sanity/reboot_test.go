@@ -70,8 +70,14 @@ func TestAfterAPowerCut(t *testing.T) {
 	reads, fetched := metric(t, a.dir, "larder_fuse_reads_total"), metric(t, a.dir, "larder_store_bytes_total")
 	mustShell(t, "echo 1 > /proc/sys/vm/drop_caches")
 	checkAll(t, target+"/data", objects)
-	if n := metric(t, a.dir, "larder_fuse_reads_total") - reads; n != 0 {
-		t.Errorf("%v READs reached the worker: not all is passed through", n)
+	small := 0.0 // these are not passed through: a READ for each
+	for _, b := range objects {
+		if len(b) <= 64<<10 {
+			small++
+		}
+	}
+	if n := metric(t, a.dir, "larder_fuse_reads_total") - reads; n > small {
+		t.Errorf("%v READs reached the worker, of %v small files: not all else is passed through", n, small)
 	}
 	socketAll(t, target, objects)
 	t.Logf("%v bad chunks; %v of %d bytes were fetched again", bad, fetched, total(objects))

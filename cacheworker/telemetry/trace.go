@@ -141,10 +141,10 @@ func recording(s trace.Span) Span {
 	return Span{s}
 }
 
-// Child begins a hop of the trace that ctx is in, if it is in one.
+// Child begins a hop of the trace that ctx is in, if it is in one, whose last hop may have ended.
 func Child(ctx context.Context, name string) (context.Context, Span) {
 	parent := trace.SpanFromContext(ctx)
-	if !parent.IsRecording() {
+	if !parent.SpanContext().IsSampled() {
 		return ctx, Span{}
 	}
 	ctx, s := parent.TracerProvider().Tracer(scope).Start(ctx, name)

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"testing"
+
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 )
 
 func TestTracesThatAreOffCostNothing(t *testing.T) {
@@ -45,6 +47,19 @@ func TestEndpointsOfTraces(t *testing.T) {
 	}
 	if tr, err := NewTracer(t.Context(), TraceConfig{Sample: 1}); tr != nil || err != nil {
 		t.Errorf("without an endpoint: %v, %v", tr, err)
+	}
+}
+
+// Chunks are written when the fetch that brought them may be over.
+func TestAHopMayBeginWhenItsParentHasEnded(t *testing.T) {
+	p := sdktrace.NewTracerProvider()
+	on := &Tracer{p, p.Tracer(scope)}
+	defer on.Close()
+	ctx, parent := on.Start(t.Context(), "fill")
+	parent.End(nil)
+	_, child := Child(ctx, "cache.write")
+	if !child.Recorded() || child.s.SpanContext().TraceID() != parent.s.SpanContext().TraceID() {
+		t.Error("no hop of its trace")
 	}
 }
 
