@@ -236,14 +236,24 @@ type place struct {
 	key    string // of an object that is wanted, too; "" for none
 }
 
-// places are those of a location in the volumes of this node, none of them in another one.
-func (j *jobs) places(at record.Location) ([]place, error) {
+// mounted are the parts of the namespace that this worker can read with the mounts' own credentials.
+func (j *jobs) mounted(m *meter) []dataset.Part {
+	v, err := j.w.browser(m)
+	if err != nil {
+		j.w.log.Warn("jobs go without what is mounted", "err", err)
+		return nil
+	}
+	return v.dataset().Parts()
+}
+
+// places are those of a location in parts of datasets, none of them in another one; of the same the first counts.
+func places(at record.Location, parts []dataset.Part) ([]place, error) {
 	host, err := hostOf(at)
 	if err != nil {
 		return nil, err
 	}
 	var all []place
-	for _, part := range j.w.mounts.parts() {
+	for _, part := range parts {
 		key, ok := keyAt(at, host, string(part.Store))
 		if !ok {
 			continue
@@ -261,7 +271,7 @@ func (j *jobs) places(at record.Location) ([]place, error) {
 			all = append(all, place{part, root, ""})
 		}
 	}
-	slices.SortFunc(all, func(a, b place) int {
+	slices.SortStableFunc(all, func(a, b place) int {
 		return cmp.Or(cmp.Compare(a.part.Store, b.part.Store), cmp.Compare(a.prefix, b.prefix), -cmp.Compare(a.key, b.key))
 	})
 	return slices.CompactFunc(all, func(a, b place) bool {
@@ -273,12 +283,18 @@ func (j *jobs) places(at record.Location) ([]place, error) {
 func (j *jobs) load(ctx context.Context, job client.Job, p *progress) error {
 	n := p.now()
 	var found []string
+	m := j.w.accounts.open(claim{})
+	defer m.close()
+	parts := j.w.mounts.parts()
+	if job.Named {
+		parts = append(parts, j.mounted(m)...)
+	}
 	for i, uri := range job.URIs {
 		at, err := record.ParseLocation(uri, job.Endpoint)
 		if err != nil {
 			return err
 		}
-		ps, err := j.places(at)
+		ps, err := places(at, parts)
 		if err != nil {
 			return err
 		}
@@ -289,7 +305,7 @@ func (j *jobs) load(ctx context.Context, job client.Job, p *progress) error {
 			n.After = ""
 		}
 		if len(ps) == 0 && job.Named {
-			return fmt.Errorf("%s: %w: publish one there, or leave the node out", uri, errNoVolume)
+			return fmt.Errorf("%s: %w, and no mount with a credential that this node has: publish one there, or leave the node out", uri, errNoVolume)
 		}
 		if i < n.URI {
 			continue

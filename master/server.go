@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/larderfs/larder/master/inventory"
 	"github.com/larderfs/larder/master/masterpb"
+	"github.com/larderfs/larder/master/namespace"
 	"github.com/larderfs/larder/master/record"
 	"github.com/larderfs/larder/master/registry"
 )
@@ -88,7 +90,7 @@ func (s *server) workers(ctx context.Context, gone bool) ([]record.Worker, error
 }
 
 func (s *server) Locate(ctx context.Context, req *masterpb.LocateRequest) (*masterpb.LocateResponse, error) {
-	at, err := record.ParseLocation(req.GetUri(), req.GetEndpoint())
+	uris, err := s.inStores(ctx, []string{req.GetUri()})
 	if err != nil {
 		return nil, err
 	}
@@ -96,11 +98,49 @@ func (s *server) Locate(ctx context.Context, req *masterpb.LocateRequest) (*mast
 	if err != nil {
 		return nil, err
 	}
+	var all []record.Located
+	for _, uri := range uris {
+		at, err := record.ParseLocation(uri, req.GetEndpoint())
+		if err != nil {
+			return nil, err
+		}
+		for i, l := range s.asker.Held(ctx, ws, at) {
+			if len(all) <= i {
+				all = append(all, l)
+			} else {
+				all[i].Add(l)
+			}
+		}
+	}
 	resp := &masterpb.LocateResponse{}
-	for _, l := range s.asker.Held(ctx, ws, at) {
+	for _, l := range all {
 		resp.Workers = append(resp.Workers, masterpb.FromLocated(l))
 	}
 	return resp, nil
+}
+
+// inStores says where what paths of the namespace show lies; URIs stay as they are.
+func (s *server) inStores(ctx context.Context, written []string) (uris []string, err error) {
+	var mounts []record.Mount
+	for _, w := range written {
+		if !strings.HasPrefix(w, "/") {
+			uris = append(uris, w)
+			continue
+		}
+		if mounts == nil {
+			t, err := s.reg.Mounts(ctx)
+			if err != nil {
+				return nil, err
+			}
+			mounts = t.Mounts
+		}
+		of, err := namespace.URIs(mounts, w)
+		if err != nil {
+			return nil, err
+		}
+		uris = append(uris, of...)
+	}
+	return uris, nil
 }
 
 func (s *server) CreateVolume(ctx context.Context, req *masterpb.CreateVolumeRequest) (*masterpb.Volume, error) {
@@ -170,7 +210,12 @@ func (s *server) RestoreMounts(ctx context.Context, req *masterpb.MountTable) (*
 }
 
 func (s *server) CreateJob(ctx context.Context, req *masterpb.CreateJobRequest) (*masterpb.Job, error) {
-	j, err := s.reg.CreateJob(ctx, req.Spec())
+	spec := req.Spec()
+	var err error
+	if spec.URIs, err = s.inStores(ctx, spec.URIs); err != nil {
+		return nil, err
+	}
+	j, err := s.reg.CreateJob(ctx, spec)
 	return masterpb.FromJob(j), err
 }
 

@@ -143,6 +143,8 @@ func TestALoadOutlivesWhoDoesIt(t *testing.T) {
 // What a job may do to whom, and how it ends otherwise.
 func TestJobs(t *testing.T) {
 	store := s3test.Start(t)
+	t.Setenv("TESTROOT_AWS_ACCESS_KEY_ID", store.AccessKey)
+	t.Setenv("TESTROOT_AWS_SECRET_ACCESS_KEY", store.SecretKey)
 	put(t, store, map[string][]byte{"ds/a": pattern(100, 1), "ds/b/c": pattern(3<<20, 2), "ds/b/d": pattern(10, 3), "ds/e": {}, "dsx": pattern(9, 1)})
 	a, _ := twoNodes(t, store.Endpoint)
 	publish(t, a.Kubelet, bucket(store, "v", "ds"))
@@ -181,10 +183,11 @@ func TestJobs(t *testing.T) {
 		name, want string
 		args       []string
 	}{
-		{"a node without a volume of it", "no volume that is published on this node has it: publish one there", []string{"load", uri + "/ds", "--nodes", "n2"}},
+		{"a node without a volume of it", "no volume that is published on this node has it, and no mount with a credential", []string{"load", uri + "/ds", "--nodes", "n2"}},
 		{"a node that is not there", `node "n9" has no worker that is alive`, []string{"load", uri + "/ds", "--nodes", "n9"}},
 		{"nothing anywhere", "no node has a volume of it", []string{"load", "s3://other/x"}},
-		{"no scheme", "scheme", []string{"load", "/ds"}},
+		{"no scheme", "scheme", []string{"load", "ds"}},
+		{"nothing mounted", "larder mount add /ds", []string{"load", "/ds"}},
 		{"no such job", "`larder job ls`", []string{"job", "show", "load-x"}},
 	} {
 		j, err := a.run(t, c.args...)
@@ -193,11 +196,27 @@ func TestJobs(t *testing.T) {
 		}
 	}
 
+	mount := []string{"mount", "add", "/sales", uri + "/ds", "--option", "endpoint=" + store.Endpoint + ",region=" + store.Region, "--credential", "env:TESTROOT_",
+		"--master", "unix://" + filepath.Join(a.dir, "run/master.sock")}
+	if out, err := exec.Command(larderBinary, mount...).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if j, err := a.run(t, "load", "/sales/b"); err != nil || j.Files != 2 || j.Nodes[1].State != "skipped" {
+		t.Errorf("load of a path where a volume of it is: %+v, %v", j, err)
+	}
+	a.await(func() bool { // n2 hears of the mount
+		j, err := a.run(t, "load", "/sales/b/", "/sales/a", "--nodes", "all")
+		return err == nil && j.State == "done" && j.Files == 6 && j.Nodes[1].Files == 3
+	})
+	var l located
+	if err := a.ask(&l, "locate", "/sales/b"); err != nil || len(l.sums()) != 2 || l.sums()[1] != fmt.Sprintf("n2 %d/2", 3<<20+10) {
+		t.Errorf("locate a path: %v, %v", l.sums(), err)
+	}
+
 	asked := make(chan struct{}, 100)
 	if _, err := a.run(t, "free", uri); err != nil {
 		t.Error(err)
 	}
-	asked = make(chan struct{}, 100)
 	store.SetHook(func(w http.ResponseWriter, r *http.Request, req s3test.Request, next http.Handler) {
 		if req.Kind != s3test.Get {
 			next.ServeHTTP(w, r)

@@ -54,42 +54,52 @@ func newJobEntry(j client.Job) jobEntry {
 
 func loadCommand() *cobra.Command {
 	return startCommand(record.Load, &cobra.Command{
-		Use: "load URI…", Short: "Cache what lies below under-store URIs, before anybody reads it",
-		Long: `Have workers cache an object, or everything below a prefix, at low priority:
+		Use: "load PATH…", Short: "Cache what lies below paths of the namespace, or under-store URIs, before anybody reads it",
+		Long: `Have workers cache an object, or everything below a folder or prefix, at low priority:
 
-  larder load s3://bucket/warehouse/sales
+  larder load /sales/2026
+  larder load /sales /dimensions --nodes all
   larder load s3://bucket/a/ s3://bucket/b/ --nodes node-1,node-2
 
-A node reads with the credential of a volume that is published there and has the URI. Without --nodes
-that are all nodes that have such a volume. The job goes on when this command is interrupted, and when workers or
-the master are killed; what is cached already is not fetched again.`,
+Without --nodes, those nodes do it where a volume of it is published; each reads with the volume's credential. Nodes that
+are named, or all, read what they have no volume of with the credential of the mount that shows it (larder mount), and fail where
+they have none. The job goes on when this command is interrupted, and when workers or the master are killed; what is cached
+already is not fetched again.`,
 	})
 }
 
 func freeCommand() *cobra.Command {
 	return startCommand(record.Free, &cobra.Command{
-		Use: "free URI…", Short: "Evict what lies below under-store URIs from the caches",
+		Use: "free PATH…", Short: "Evict what lies below paths of the namespace, or under-store URIs, from the caches",
 		Long: `Have workers evict an object, or everything below a prefix. Who has a file open reads on; whoever opens it
 later has it fetched again. What is pinned goes, too.
 
+  larder free /sales/2025
   larder free s3://bucket/warehouse/sales`,
 	})
 }
 
 func pinCommand() *cobra.Command {
 	return startCommand(record.Pin, &cobra.Command{
-		Use: "pin URI…", Short: "Cache what lies below under-store URIs, and have it stay",
+		Use: "pin PATH…", Short: "Cache what lies below paths of the namespace, or under-store URIs, and have it stay",
 		Long: `Do as larder load does, and never evict it to make room for others, until larder unpin or larder free. Half of a
 node's cache may be pinned; files beyond that fail. A new version of an object is not pinned: pin it again.
 
+  larder pin /dimensions
   larder pin s3://bucket/dimensions/`,
 	})
 }
 
 func unpinCommand() *cobra.Command {
 	return startCommand(record.Unpin, &cobra.Command{
-		Use: "unpin URI…", Short: "Let what was pinned below under-store URIs be evicted again",
+		Use: "unpin PATH…", Short: "Let what was pinned below paths of the namespace, or under-store URIs, be evicted again",
 	})
+}
+
+// defaultNodes are those that do a job of which nobody says who is to.
+var defaultNodes = map[record.JobKind]string{
+	record.Load: "those where a volume of it is published", record.Pin: "those where a volume of it is published",
+	record.Free: "all", record.Unpin: "all",
 }
 
 // startCommand is a command that makes a job and follows it.
@@ -101,7 +111,7 @@ func startCommand(kind record.JobKind, cmd *cobra.Command) *cobra.Command {
 	cmd.Args = cobra.MinimumNArgs(1)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		spec.Kind, spec.URIs = kind, args
-		if nodes != "" && nodes != "all" {
+		if spec.All = nodes == "all"; nodes != "" && !spec.All {
 			spec.Nodes = strings.Split(nodes, ",")
 		}
 		return q.ask(cmd.Context(), func(ctx context.Context, m *client.Client) error {
@@ -121,7 +131,7 @@ func startCommand(kind record.JobKind, cmd *cobra.Command) *cobra.Command {
 	q.flags(cmd)
 	f := cmd.Flags()
 	f.StringVar(&spec.Endpoint, "endpoint", "", "`URL` of the S3 store; empty for all that have such a bucket")
-	f.StringVar(&nodes, "nodes", "all", "`names` of nodes with commas between, or all")
+	f.StringVar(&nodes, "nodes", "", "`names` of nodes with commas between, or all (default "+defaultNodes[kind]+")")
 	f.BoolVar(&detach, "detach", false, "print the job's id and do not wait for its end")
 	return cmd
 }
@@ -173,7 +183,7 @@ func (q *question) follow(ctx context.Context, m *client.Client, j client.Job, o
 	case record.JobDone:
 		return nil
 	case record.JobSkipped:
-		return fmt.Errorf("job %s: no node has a volume of it: publish one there first", j.ID)
+		return fmt.Errorf("job %s: no node has a volume of it: publish one there first, or load what is mounted with --nodes all", j.ID)
 	}
 	return fmt.Errorf("job %s %s", j.ID, e.State)
 }

@@ -34,9 +34,10 @@ func locateCommand() *cobra.Command {
 	var q question
 	var endpoint string
 	cmd := &cobra.Command{
-		Use: "locate URI", Short: "Show which nodes have how much of an under-store URI cached",
+		Use: "locate PATH", Short: "Show which nodes have how much of a path of the namespace, or an under-store URI, cached",
 		Long: `Ask all workers how much they have cached of an object, or of everything below a prefix:
 
+  larder locate /sales/2026
   larder locate s3://bucket/warehouse/sales
   larder locate file:///data/table/
 

@@ -250,12 +250,12 @@ func (x *MountTable) Record() record.Table {
 
 // FromJobSpec makes the request for a job.
 func FromJobSpec(s record.JobSpec) *CreateJobRequest {
-	return &CreateJobRequest{Kind: string(s.Kind), Uris: s.URIs, Endpoint: s.Endpoint, Nodes: s.Nodes}
+	return &CreateJobRequest{Kind: string(s.Kind), Uris: s.URIs, Endpoint: s.Endpoint, Nodes: s.Nodes, All: s.All}
 }
 
 // Spec is the inverse of FromJobSpec.
 func (x *CreateJobRequest) Spec() record.JobSpec {
-	return record.JobSpec{Kind: record.JobKind(x.GetKind()), URIs: x.GetUris(), Endpoint: x.GetEndpoint(), Nodes: x.GetNodes()}
+	return record.JobSpec{Kind: record.JobKind(x.GetKind()), URIs: x.GetUris(), Endpoint: x.GetEndpoint(), Nodes: x.GetNodes(), All: x.GetAll()}
 }
 
 // FromJob makes the message.

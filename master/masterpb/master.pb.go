@@ -2261,6 +2261,7 @@ type CreateJobRequest struct {
 	Uris          []string               `protobuf:"bytes,2,rep,name=uris,proto3" json:"uris,omitempty"` // as in LocateRequest
 	Endpoint      string                 `protobuf:"bytes,3,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
 	Nodes         []string               `protobuf:"bytes,4,rep,name=nodes,proto3" json:"nodes,omitempty"` // none for all that have a worker
+	All           bool                   `protobuf:"varint,5,opt,name=all,proto3" json:"all,omitempty"`    // of all nodes none is skipped because it has no volume of a URI
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2321,6 +2322,13 @@ func (x *CreateJobRequest) GetNodes() []string {
 		return x.Nodes
 	}
 	return nil
+}
+
+func (x *CreateJobRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
 }
 
 // Job is work on what nodes have cached.
@@ -3166,12 +3174,13 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\x0estore_revision\x18\x06 \x01(\x03R\rstoreRevision\x12\x18\n" +
 	"\aworkers\x18\a \x01(\x03R\aworkers\x12\x18\n" +
 	"\avolumes\x18\b \x01(\x03R\avolumes\x12\x16\n" +
-	"\x06mounts\x18\t \x01(\x03R\x06mounts\"l\n" +
+	"\x06mounts\x18\t \x01(\x03R\x06mounts\"~\n" +
 	"\x10CreateJobRequest\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04uris\x18\x02 \x03(\tR\x04uris\x12\x1a\n" +
 	"\bendpoint\x18\x03 \x01(\tR\bendpoint\x12\x14\n" +
-	"\x05nodes\x18\x04 \x03(\tR\x05nodes\"\xf2\x01\n" +
+	"\x05nodes\x18\x04 \x03(\tR\x05nodes\x12\x10\n" +
+	"\x03all\x18\x05 \x01(\bR\x03all\"\xf2\x01\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +

@@ -53,6 +53,27 @@ func At(mounts []record.Mount, path string) (v View, ok bool) {
 	return v, len(v.Parts) > 0
 }
 
+// URIs are where in the under stores lies what a path, as it is written, shows: of a folder if it ends in a slash.
+func URIs(mounts []record.Mount, written string) ([]string, error) {
+	path, err := record.ParsePath(written)
+	if err != nil {
+		return nil, err
+	}
+	v, ok := At(mounts, path)
+	if !ok {
+		return nil, fmt.Errorf("%s: %w", Nothing(path), record.ErrNotFound)
+	}
+	var uris []string
+	for _, p := range v.Parts {
+		uri := p.URI
+		if strings.HasSuffix(written, "/") || p.At != "" || path == p.Mount.Path {
+			uri = strings.TrimSuffix(uri, "/") + "/" // a mount is a folder
+		}
+		uris = append(uris, uri)
+	}
+	return uris, nil
+}
+
 // below is path relative to root, if it is root or below it.
 func below(root, path string) (rest string, ok bool) {
 	if path == root {

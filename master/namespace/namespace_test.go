@@ -45,6 +45,19 @@ func TestTheDeepestMountCounts(t *testing.T) {
 	}
 }
 
+func TestWhereAPathLies(t *testing.T) {
+	mounts := []record.Mount{mount("/sales", "s3://a/x"), mount("/sales/2026/archive", "s3://b/"), mount("/all", "s3://c")}
+	for _, c := range []struct{ path, want string }{
+		{"/sales", "[s3://a/x/ s3://b/]"}, {"/sales/2026", "[s3://a/x/2026 s3://b/]"}, {"/sales/2026/", "[s3://a/x/2026/ s3://b/]"},
+		{"/sales/2026/f", "[s3://a/x/2026/f]"}, {"/all/", "[s3://c/]"}, {"/", "[s3://c/ s3://a/x/ s3://b/]"}, {"/hr", "[]"}, {"/sales/../hr", "[]"},
+	} {
+		got, err := URIs(mounts, c.path)
+		if fmt.Sprint(got) != c.want || (err == nil) != (c.want != "[]") {
+			t.Errorf("%s: %v, %v; want %s", c.path, got, err, c.want)
+		}
+	}
+}
+
 // A path is no URI: what a user writes in it leads nowhere else.
 func TestWhatPathsSayStaysInTheMount(t *testing.T) {
 	mounts := []record.Mount{mount("/sales", "file:///root/sales"), mount("/s3", "s3://bucket/p%20q")}

@@ -40,7 +40,8 @@ type JobSpec struct {
 	Kind     JobKind
 	URIs     []string // as for [ParseLocation]; at least one
 	Endpoint string   // of an S3 store; "" for all that have such a bucket
-	Nodes    []string // none for all nodes with a worker; of those a node without a volume of a URI is skipped
+	Nodes    []string // none for all nodes with a worker
+	All      bool     // of all nodes without a name none is skipped because it has no volume of a URI
 }
 
 // Job is work on what nodes have cached.
@@ -49,7 +50,7 @@ type Job struct {
 	Kind     JobKind   `json:"kind"`
 	URIs     []string  `json:"uris"`
 	Endpoint string    `json:"endpoint,omitempty"`
-	Named    bool      `json:"named,omitempty"` // the nodes were: having no volume of a URI is a failure there
+	Named    bool      `json:"named,omitempty"` // the nodes were, or all are meant: to be unable to read a URI is a failure there
 	Canceled bool      `json:"canceled,omitempty"`
 	Created  time.Time `json:"created"`
 	Targets  []string  `json:"nodes"`

@@ -7,6 +7,7 @@
 package record
 
 import (
+	"cmp"
 	"errors"
 	"maps"
 	"time"
@@ -146,6 +147,14 @@ type Located struct {
 	Addresses  []string
 	Held       Held
 	Unanswered string // why it is not known; "" if it is
+}
+
+// Add adds what the same worker holds elsewhere.
+func (l *Located) Add(o Located) {
+	h := &l.Held
+	h.CachedBytes, h.Objects = h.CachedBytes+o.Held.CachedBytes, h.Objects+o.Held.Objects
+	h.CompleteObjects, h.Stores = h.CompleteObjects+o.Held.CompleteObjects, h.Stores+o.Held.Stores
+	l.Unanswered = cmp.Or(l.Unanswered, o.Unanswered)
 }
 
 // Capacity is that of one node or of all.

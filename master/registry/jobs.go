@@ -33,7 +33,7 @@ func (r *Registry) CreateJob(ctx context.Context, spec record.JobSpec) (record.J
 	}
 	j := record.Job{
 		ID: string(spec.Kind) + "-" + strings.ToLower(rand.Text()[:10]), Kind: spec.Kind, URIs: spec.URIs, Endpoint: spec.Endpoint,
-		Named: len(spec.Nodes) > 0, Created: time.Now().UTC(), Targets: nodes,
+		Named: spec.All || len(spec.Nodes) > 0, Created: time.Now().UTC(), Targets: nodes,
 	}
 	lease, err := r.kv.Grant(ctx, int64(jobsKept/time.Second))
 	if err != nil {
