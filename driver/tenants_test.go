@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
+	"github.com/larderfs/larder/master/client"
 	"github.com/larderfs/larder/sanity/leak"
 )
 
@@ -33,6 +34,15 @@ func asPod(namespace string, more attrs) attrs {
 // DESIGN §5.10: what a user may write into an inline volume, to get at what is not his.
 func TestInlineAttacksAreRefused(t *testing.T) {
 	b := start(t)
+	b.mounted(client.Mount{Path: "/hr", URI: "s3://hr"}, // of nobody's inline volumes
+		client.Mount{Path: "/team", URI: "s3://team", AllowInline: []string{"other", "sales2"}},
+		client.Mount{Path: "/open", URI: "s3://open", AllowInline: []string{"*"}},
+		client.Mount{Path: "/open/closed", URI: "s3://closed", AllowInline: []string{"-"}})
+	path := func(p string, more attrs) attrs {
+		a := attrs{"source": "", "path": p}
+		maps.Copy(a, more)
+		return a
+	}
 	pod := func(more attrs) attrs {
 		a := attrs{"credentials": "pod", "roleArn": role, keyTokens: tokens("sales", "sa", "canary")}
 		maps.Copy(a, more)
@@ -101,6 +111,30 @@ func TestInlineAttacksAreRefused(t *testing.T) {
 		{"tokens that are none", pod(attrs{keyTokens: "canary"}), invalid, "not the JSON that a kubelet writes"},
 		{"a token for somebody else", pod(attrs{keyTokens: strings.Replace(tokens("sales", "sa", "canary"), "sts.amazonaws.com", "vault", 1)}), codes.FailedPrecondition, "tokenRequests"},
 		{"no token", pod(attrs{keyTokens: ""}), codes.FailedPrecondition, "tokenRequests"},
+
+		{"a mount that is for nobody's", path("/hr", nil), denied, "mount /hr does not allow inline volumes"},
+		{"below such a mount", path("/hr/payroll/2026", nil), denied, "mount /hr does not allow inline volumes"},
+		{"a mount of other namespaces", path("/team", nil), denied, `mount /team does not allow inline volumes of Kubernetes namespace "sales"`},
+		{"a mount of others, as one of them", path("/team", attrs{keyPodNamespace: "sales2/../sales2"}), denied, "mount /team does not allow"},
+		{"a mount of others, as nobody", path("/team", attrs{keyPodNamespace: ""}), denied, "is not known"},
+		{"a closed mount in an open one", path("/open/closed", nil), denied, "mount /open/closed does not allow"},
+		{"below a closed mount in an open one", path("/open/closed/x/", nil), denied, "mount /open/closed does not allow"},
+		{"out of an open mount", path("/open/../hr", nil), invalid, `path: path "/open/../hr": ".." is no name`},
+		{"out of an open mount, at the end", path("/open/..", nil), invalid, `".." is no name`},
+		{"a dot", path("/open/./closed", nil), invalid, `"." is no name`},
+		{"two slashes", path("/open//closed", nil), invalid, "an empty name"},
+		{"a NUL in a path", path("/open\x00/hr", nil), invalid, "control character"},
+		{"a line break in a path", path("/open\n/hr", nil), invalid, "control character"},
+		{"a relative path", path("hr", nil), invalid, "want an absolute one"},
+		{"a URI for a path", path("s3://hr", nil), invalid, "want an absolute one"},
+		{"a long name", path("/open/"+strings.Repeat("a", 256), nil), invalid, "longer than"},
+		{"a long path", path("/open/"+strings.Repeat("abcdefg/", 130), nil), invalid, "longer than"},
+		{"a path where nothing is mounted", path("/none", nil), codes.NotFound, "nothing is mounted at /none"},
+		{"a path and a source", path("/open", attrs{"source": "s3://hr"}), invalid, "give one of them"},
+		{"a path at an endpoint of one's own", path("/open", attrs{"endpoint": "http://listed:9000"}), invalid, "endpoint: not with path"},
+		{"a path in a region of one's own", path("/open", attrs{"region": "evil"}), invalid, "region: not with path"},
+		{"a path with the worker's credential", path("/open", attrs{"credentials": "driver"}), invalid, "driver is not for a path"},
+		{"a path with a role", path("/open", pod(attrs{"source": ""})), invalid, "pod is not for a path"},
 		{"no Secret where one was asked for", attrs{"credentials": "secret"}, invalid, "credentials: secret, but the request has no"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -112,6 +146,23 @@ func TestInlineAttacksAreRefused(t *testing.T) {
 	}
 	if text := b.log.String(); strings.Contains(text, "canary") || strings.Contains(text, base64.RawURLEncoding.EncodeToString([]byte("canary"))) {
 		t.Errorf("logged: %s", text)
+	}
+}
+
+// A path is no URI: what would be an escape in one is a name.
+func TestEscapesInAPathAreNames(t *testing.T) {
+	b := start(t)
+	b.mounted(client.Mount{Path: "/open", URI: "s3://open/prefix", AllowInline: []string{"*"}}, client.Mount{Path: "/hr", URI: "s3://hr"})
+	for i, p := range []string{"/open/%2e%2e/hr", "/open/a%2F..%2Fb", "/open/%00", "/open/a?b#c"} {
+		target := fmt.Sprintf("target%d", i)
+		must(t, b.publish(t, target, inline, func(r *csi.NodePublishVolumeRequest) {
+			r.VolumeId, r.VolumeContext = target, asPod("sales", attrs{"source": "", "path": p})
+		}))
+		if got := b.broker.mounts[target].Volume; got.Path != p || got.Source != "" {
+			t.Errorf("%s: mounted %+v", p, got)
+		}
+		_, err := b.NodeUnpublishVolume(t.Context(), &csi.NodeUnpublishVolumeRequest{VolumeId: target, TargetPath: b.path(target)})
+		must(t, err)
 	}
 }
 

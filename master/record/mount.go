@@ -322,6 +322,9 @@ func checkOption(name, value string) error {
 
 var hostShape = regexp.MustCompile(`^[a-z0-9_]([a-z0-9._-]*[a-z0-9])?\.?$`)
 
+// awsMetadataV6 is not link-local although its IPv4 twin is.
+var awsMetadataV6 = netip.MustParseAddr("fd00:ec2::254")
+
 // normalEndpoint is scheme://host[:port] in lower case, without the scheme's own port; "" of "". An
 // administrator writes it, so link-local hosts are all that is refused: a cloud's metadata are no store.
 func normalEndpoint(s string) (string, error) {
@@ -337,7 +340,7 @@ func normalEndpoint(s string) (string, error) {
 	host := strings.ToLower(u.Hostname())
 	ip, iperr := netip.ParseAddr(host)
 	switch {
-	case iperr == nil && (ip.Zone() != "" || ip.Unmap().IsLinkLocalUnicast() || ip.IsUnspecified() || ip.IsMulticast()):
+	case iperr == nil && (ip.Zone() != "" || ip.Unmap().IsLinkLocalUnicast() || ip == awsMetadataV6 || ip.IsUnspecified() || ip.IsMulticast()):
 		return "", bad
 	case iperr == nil && ip.Is6():
 		host = "[" + host + "]"

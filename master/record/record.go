@@ -132,6 +132,37 @@ type Worker struct {
 	Unanswered    string    // why it did not answer, where it was asked
 }
 
+// MountedVolume is what a worker says of a volume on its node.
+type MountedVolume struct {
+	Parameters   map[string]string
+	Inline       bool
+	Namespace    string        // of its claim, or of the pod that named it itself; "" outside of a cluster
+	Claim        string        // "" for none
+	Mounted      time.Time     // zero while its broker is away, as are the two below
+	Takeovers    int64         // by workers after the first
+	LongestStall time.Duration // without a worker
+	Trouble      string        // what readers were told lately; "" for nothing
+	Without      []string      // features that its mount does without
+	OpenFiles    uint64        // now; a hint after a take-over
+
+	Counted      time.Time // since when what is below is, which is since the worker took the mount
+	DiskBytes    uint64    // given to readers from cache files
+	MemoryBytes  uint64    // from memory
+	StoreBytes   uint64    // that they waited for
+	PassedBytes  uint64    // sizes of files whose reading the kernel was given
+	FetchedBytes uint64    // from under stores
+	HitChunks    uint64
+	MissChunks   uint64
+}
+
+// VolumeOnNode is a volume on one node.
+type VolumeOnNode struct {
+	Node, UUID string
+	Pods       []Pod
+	Volume     MountedVolume
+	Unanswered string // why it is not known; "" if it is
+}
+
 // Held sums up what a worker has cached at a location.
 type Held struct {
 	CachedBytes     int64
