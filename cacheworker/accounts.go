@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"slices"
 	"sync"
-	"sync/atomic"
 
 	"github.com/larderfs/larder/cacheworker/brokerwire"
 	"github.com/larderfs/larder/cacheworker/fill"
@@ -36,9 +35,41 @@ type accounts struct {
 	other account
 }
 
+// account is guarded by accounts.mu.
 type account struct {
-	fill.Usage
-	volumes int // that are mounted; guarded by accounts.mu
+	past counts            // of meters while they counted for it
+	now  map[*meter]counts // those that do, with what each had counted before
+}
+
+// counts are a [fill.Usage] at one moment.
+type counts struct {
+	diskBytes, memoryBytes, storeBytes, fetchedBytes, hits, misses, passedBytes uint64
+}
+
+func countsOf(u *fill.Usage) counts {
+	return counts{u.DiskBytes.Load(), u.MemoryBytes.Load(), u.StoreBytes.Load(), u.Fetched.Load(), u.Hits.Load(), u.Misses.Load(), u.Passed.Load()}
+}
+
+// plus adds what has been counted from one moment to another.
+func (c counts) plus(from, to counts) counts {
+	return counts{
+		c.diskBytes + to.diskBytes - from.diskBytes, c.memoryBytes + to.memoryBytes - from.memoryBytes, c.storeBytes + to.storeBytes - from.storeBytes,
+		c.fetchedBytes + to.fetchedBytes - from.fetchedBytes, c.hits + to.hits - from.hits, c.misses + to.misses - from.misses, c.passedBytes + to.passedBytes - from.passedBytes,
+	}
+}
+
+func (a *account) sum() counts {
+	sum := a.past
+	for m, before := range a.now {
+		sum = sum.plus(before, countsOf(&m.use))
+	}
+	return sum
+}
+
+// leave requires accounts.mu.
+func (a *account) leave(m *meter) {
+	a.past = a.past.plus(a.now[m], countsOf(&m.use))
+	delete(a.now, m)
 }
 
 // maxAccounts of a worker: each has a dozen time series.
@@ -50,17 +81,17 @@ func newAccounts(max int) *accounts { return &accounts{max: max, of: map[claim]*
 func (a *accounts) open(c claim) *meter {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	m := &meter{a: a, claim: c}
-	m.at.Store(a.join(c))
+	m := &meter{a: a}
+	a.join(m, c)
 	return m
 }
 
-// join returns the claim's account, or that of all others. Requires a.mu.
-func (a *accounts) join(c claim) *account {
+// join has a meter count for the claim's account, or for that of all others. Requires a.mu.
+func (a *accounts) join(m *meter, c claim) {
 	acc := a.of[c]
 	if acc == nil && len(a.of) >= a.max {
 		for k, old := range a.of {
-			if old.volumes == 0 {
+			if len(old.now) == 0 {
 				delete(a.of, k)
 				break
 			}
@@ -74,13 +105,16 @@ func (a *accounts) join(c claim) *account {
 		acc = &account{}
 		a.of[c] = acc
 	}
-	acc.volumes++
-	return acc
+	if acc.now == nil {
+		acc.now = map[*meter]counts{}
+	}
+	acc.now[m] = countsOf(&m.use)
+	m.claim, m.at = c, acc
 }
 
 type namedAccount struct {
 	claim
-	*account
+	counts
 }
 
 // all are by claim; that of all others is there if it was ever needed.
@@ -89,27 +123,28 @@ func (a *accounts) all() []namedAccount {
 	defer a.mu.Unlock()
 	var out []namedAccount
 	for c, acc := range a.of {
-		out = append(out, namedAccount{c, acc})
+		out = append(out, namedAccount{c, acc.sum()})
 	}
 	slices.SortFunc(out, func(x, y namedAccount) int {
 		return cmp.Or(cmp.Compare(x.namespace, y.namespace), cmp.Compare(x.name, y.name))
 	})
-	if u := &a.other; u.volumes > 0 || u.Hits.Load()+u.Misses.Load() > 0 {
-		out = append(out, namedAccount{otherClaims, u})
+	if sum := a.other.sum(); len(a.other.now) > 0 || sum.hits+sum.misses > 0 {
+		out = append(out, namedAccount{otherClaims, sum})
 	}
 	return out
 }
 
-// meter is where one volume is counted.
+// meter is where one volume is counted. What is counted after it was closed, nobody is charged with.
 type meter struct {
-	a  *accounts
-	at atomic.Pointer[account]
+	a   *accounts
+	use fill.Usage
 
-	claim  claim // guarded by a.mu, as is closed
+	claim  claim // guarded by a.mu, as are the fields below
+	at     *account
 	closed bool
 }
 
-func (m *meter) usage() *fill.Usage { return &m.at.Load().Usage }
+func (m *meter) usage() *fill.Usage { return &m.use }
 
 // name has it counted for another claim from now on.
 func (m *meter) name(c claim) {
@@ -118,9 +153,8 @@ func (m *meter) name(c claim) {
 	if m.closed || c == m.claim {
 		return
 	}
-	m.at.Load().volumes--
-	m.claim = c
-	m.at.Store(m.a.join(c))
+	m.at.leave(m)
+	m.a.join(m, c)
 }
 
 func (m *meter) close() {
@@ -128,6 +162,6 @@ func (m *meter) close() {
 	defer m.a.mu.Unlock()
 	if !m.closed {
 		m.closed = true
-		m.at.Load().volumes--
+		m.at.leave(m)
 	}
 }

@@ -12,7 +12,7 @@ import (
 func read(a *accounts) map[claim]uint64 {
 	out := map[claim]uint64{}
 	for _, acc := range a.all() {
-		out[acc.claim] += acc.DiskBytes.Load()
+		out[acc.claim] += acc.diskBytes
 	}
 	return out
 }
@@ -53,7 +53,7 @@ func TestAccountsAreBounded(t *testing.T) {
 	if got := read(a); len(got) != most+1 || got[claim{"ns", "new"}] != 5 || got[claim{"ns", "0"}] != 0 {
 		t.Errorf("%v", got)
 	}
-	if m := a.open(otherClaims); m.usage() != &a.other.Usage {
+	if m := a.open(otherClaims); m.at != &a.other {
 		t.Error("a claim that is called other is not among the others")
 	}
 }
@@ -71,6 +71,9 @@ func TestAVolumeIsCountedForItsClaimFromWhenThatIsKnown(t *testing.T) {
 	}
 	if got := claimOf(brokerwire.Volume{Namespace: "sales", Claim: "orders"}, pods); got != (claim{"sales", "orders"}) {
 		t.Errorf("a claim is taken for %v", got)
+	}
+	if got := m.usage().DiskBytes.Load(); got != 3 {
+		t.Errorf("the volume itself has %d bytes of 3", got)
 	}
 	m.close()
 	m.name(claim{"late", ""})

@@ -96,14 +96,18 @@ const troubleFresh = time.Minute // a failure that is older says nothing of now
 func volumeStatus(id string, h *held) *workerpb.VolumeStatus {
 	nodes, open := h.Stats()
 	trouble := h.Trouble(troubleFresh)
-	out := &workerpb.VolumeStatus{VolumeId: id, Healthy: trouble == "", Condition: trouble, Nodes: uint64(nodes), OpenHandles: uint64(open)}
+	return &workerpb.VolumeStatus{VolumeId: id, Healthy: trouble == "", Condition: trouble, Nodes: uint64(nodes), OpenHandles: uint64(open), Without: h.without()}
+}
+
+// without names the features that the mount does without.
+func (h *held) without() (names []string) {
 	if !h.Resend() {
-		out.Without = append(out.Without, "resend")
+		names = append(names, "resend")
 	}
 	if !h.Passthrough() {
-		out.Without = append(out.Without, "passthrough")
+		names = append(names, "passthrough")
 	}
-	return out
+	return names
 }
 
 // Volume implements workerpb.WorkerServer.

@@ -3,6 +3,7 @@ package cacheworker
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"net"
 	"net/netip"
@@ -45,6 +46,33 @@ func (s shelf) Held(ctx context.Context, at record.Location) (record.Held, error
 		return record.Held{}, err
 	}
 	return record.Held{CachedBytes: sum.PresentBytes, Objects: sum.Objects, CompleteObjects: sum.CompleteObjects, Stores: sum.Stores}, nil
+}
+
+// Volume implements inventory.Worker.
+func (s shelf) Volume(ctx context.Context, id string) (record.MountedVolume, error) {
+	ms := s.w.mounts
+	h := ms.get(id)
+	if h == nil {
+		return record.MountedVolume{}, fmt.Errorf("volume %.128q is not served here: %w", id, record.ErrNotFound)
+	}
+	ms.mu.Lock()
+	v, u := h.volume, countsOf(h.meter.usage())
+	ms.mu.Unlock()
+	_, open := h.Stats()
+	out := record.MountedVolume{
+		Inline: v.Inline, Namespace: v.Namespace, Claim: v.Claim, Trouble: h.Trouble(troubleFresh), Without: h.without(), OpenFiles: uint64(open),
+		Counted: h.since, DiskBytes: u.diskBytes, MemoryBytes: u.memoryBytes, StoreBytes: u.storeBytes, PassedBytes: u.passedBytes,
+		FetchedBytes: u.fetchedBytes, HitChunks: u.hits, MissChunks: u.misses,
+	}
+	if err := json.Unmarshal([]byte(v.Attributes), &out.Parameters); err != nil {
+		return out, fmt.Errorf("attributes of volume %s: %w", id, err)
+	}
+	for _, m := range ms.ofBroker(ctx) {
+		if m.VolumeID == id {
+			out.Mounted, out.Takeovers, out.LongestStall = m.Since, int64(m.Takeovers), m.LongestStall
+		}
+	}
+	return out, nil
 }
 
 // keysAt says which keys of a store are at a location; nil if none can be. host is that of the

@@ -148,13 +148,13 @@ func (w *Worker) collectReads(s telemetry.Scrape) {
 	s.Set("larder_chunks_total", float64(f.HitChunks), "cache")
 	s.Set("larder_chunks_total", float64(f.MissChunks), "store")
 	for _, a := range w.accounts.all() {
-		for from, v := range map[string]uint64{"disk": a.DiskBytes.Load(), "memory": a.MemoryBytes.Load(), "store": a.StoreBytes.Load()} {
+		for from, v := range map[string]uint64{"disk": a.diskBytes, "memory": a.memoryBytes, "store": a.storeBytes} {
 			s.Set("larder_volume_read_bytes_total", float64(v), a.namespace, a.name, from)
 		}
-		s.Set("larder_volume_chunks_total", float64(a.Hits.Load()), a.namespace, a.name, "cache")
-		s.Set("larder_volume_chunks_total", float64(a.Misses.Load()), a.namespace, a.name, "store")
-		s.Set("larder_volume_store_bytes_total", float64(a.Fetched.Load()), a.namespace, a.name)
-		s.Set("larder_volume_passthrough_opened_bytes_total", float64(a.Passed.Load()), a.namespace, a.name)
+		s.Set("larder_volume_chunks_total", float64(a.hits), a.namespace, a.name, "cache")
+		s.Set("larder_volume_chunks_total", float64(a.misses), a.namespace, a.name, "store")
+		s.Set("larder_volume_store_bytes_total", float64(a.fetchedBytes), a.namespace, a.name)
+		s.Set("larder_volume_passthrough_opened_bytes_total", float64(a.passedBytes), a.namespace, a.name)
 	}
 	s.Set("larder_fuse_reads_total", float64(c.Reads.Load()))
 	s.Set("larder_fuse_read_bytes_total", float64(c.ReadBytes.Load()))

@@ -197,6 +197,21 @@ func (ms *mounts) ready(ctx context.Context) error {
 	return nil
 }
 
+// ofBroker is what the broker says of its mounts; nothing while it is away.
+func (ms *mounts) ofBroker(ctx context.Context) []brokerwire.Mount {
+	ms.mu.Lock()
+	peer := ms.peer
+	ms.mu.Unlock()
+	if peer == nil {
+		return nil
+	}
+	r, _, err := peer.Call(ctx, brokerwire.Message{Verb: brokerwire.Mounts})
+	if err != nil { // it is away since a moment ago
+		return nil
+	}
+	return r.List
+}
+
 func (ms *mounts) all() map[string]*held {
 	ms.mu.Lock()
 	defer ms.mu.Unlock()

@@ -3,6 +3,7 @@ package master_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"reflect"
 	"strings"
@@ -29,9 +30,18 @@ import (
 type shelf struct {
 	stats record.Stats
 	held  map[string]record.Held // by URI
+
+	volumes map[string]record.MountedVolume
 }
 
 func (s shelf) Counters() record.Stats { return s.stats }
+
+func (s shelf) Volume(_ context.Context, id string) (record.MountedVolume, error) {
+	if v, ok := s.volumes[id]; ok {
+		return v, nil
+	}
+	return record.MountedVolume{}, fmt.Errorf("volume %s is not served here: %w", id, record.ErrNotFound)
+}
 
 func (s shelf) Held(ctx context.Context, at record.Location) (record.Held, error) {
 	if at.Path == "slow" {
@@ -111,6 +121,40 @@ func TestLocateSumsUpWhoAnswersAndNamesWhoDoesNot(t *testing.T) {
 	}
 }
 
+func TestAVolumeIsDescribedByTheWorkersThatHaveIt(t *testing.T) {
+	m := start(t, master.Config{})
+	regs := []client.Registration{worker("n1", 1), worker("n2", 1), worker("n3", 1), worker("n4", 1)}
+	on := client.Published{Volume: client.Volume{ID: "csi-1"}, Inline: true, Pods: []client.Pod{{Namespace: "prod", Name: "p", UID: "u"}}}
+	for _, i := range []int{0, 2, 3} {
+		regs[i].Volumes = []client.Published{on}
+	}
+	at := time.Date(2026, 11, 23, 4, 5, 6, 0, time.UTC)
+	said := record.MountedVolume{
+		Parameters: map[string]string{"source": "s3://b"}, Inline: true, Namespace: "prod", Claim: "orders", Mounted: at, Takeovers: 3,
+		LongestStall: 20 * time.Millisecond, Trouble: "none to speak of", Without: []string{"resend"}, OpenFiles: 4, Counted: at.Add(time.Second),
+		DiskBytes: 5, MemoryBytes: 6, StoreBytes: 7, PassedBytes: 8, FetchedBytes: 9, HitChunks: 10, MissChunks: 11,
+	}
+	serve(t, &regs[0], shelf{volumes: map[string]record.MountedVolume{"csi-1": said}})
+	serve(t, &regs[1], shelf{})
+	serve(t, &regs[2], shelf{}) // it has been unmounted there meanwhile
+	register(t, m.Client, regs...)
+	got, err := m.DescribeVolume(t.Context(), "csi-1")
+	if err != nil || len(got) != 3 {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	if want := (client.VolumeOnNode{Node: "n1", UUID: regs[0].UUID, Pods: on.Pods, Volume: said}); !reflect.DeepEqual(got[0], want) {
+		t.Errorf("%+v; want %+v", got[0], want)
+	}
+	for i, why := range map[int]string{1: "is not served here", 2: "no address"} {
+		if !strings.Contains(got[i].Unanswered, why) || got[i].Volume.Parameters != nil {
+			t.Errorf("%+v; want %q", got[i], why)
+		}
+	}
+	if got, err := m.DescribeVolume(t.Context(), "nobody's"); err != nil || len(got) != 0 {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
+
 func TestOnlyTheMasterMayAskAWorker(t *testing.T) {
 	m := start(t, master.Config{})
 	reg := worker("n1", 1)
@@ -134,8 +178,9 @@ func TestOnlyTheMasterMayAskAWorker(t *testing.T) {
 		ctx := metadata.AppendToOutgoingContext(t.Context(), "authorization", shown)
 		_, err1 := rpc.Counters(ctx, &masterpb.CountersRequest{})
 		_, err2 := rpc.Held(ctx, &masterpb.HeldRequest{Uri: "s3://b"})
-		if status.Code(err1) != codes.Unauthenticated || status.Code(err2) != codes.Unauthenticated {
-			t.Errorf("shown %q: %v, %v", shown, err1, err2)
+		_, err3 := rpc.Volume(ctx, &masterpb.MountedVolumeRequest{Id: "v"})
+		if status.Code(err1) != codes.Unauthenticated || status.Code(err2) != codes.Unauthenticated || status.Code(err3) != codes.Unauthenticated {
+			t.Errorf("shown %q: %v, %v, %v", shown, err1, err2, err3)
 		}
 	}
 	ctx := metadata.AppendToOutgoingContext(t.Context(), "authorization", "Bearer "+reg.Key)

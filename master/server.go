@@ -143,6 +143,18 @@ func (s *server) inStores(ctx context.Context, written []string) (uris []string,
 	return uris, nil
 }
 
+func (s *server) DescribeVolume(ctx context.Context, req *masterpb.DescribeVolumeRequest) (*masterpb.VolumeDescription, error) {
+	ws, err := s.workers(ctx, true)
+	if err != nil {
+		return nil, err
+	}
+	resp := &masterpb.VolumeDescription{}
+	for _, v := range s.asker.Volume(ctx, ws, req.GetId()) {
+		resp.Nodes = append(resp.Nodes, masterpb.FromVolumeOnNode(v))
+	}
+	return resp, nil
+}
+
 func (s *server) CreateVolume(ctx context.Context, req *masterpb.CreateVolumeRequest) (*masterpb.Volume, error) {
 	v, err := s.reg.CreateVolume(ctx, req.Spec())
 	return masterpb.FromVolume(v), err

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/larderfs/larder/sanity/s3test"
 	"github.com/larderfs/larder/sanity/stack"
@@ -49,6 +50,20 @@ type workers struct {
 	Workers []struct {
 		Node, Worker, State string
 		Mounts, Pods        int
+	}
+}
+
+// shownVolume is what `larder volume show` tells.
+type shownVolume struct {
+	Volume, Name, Namespace, Claim string
+	Inline                         bool
+	Parameters                     map[string]string
+	Nodes                          []struct {
+		Node, Unanswered                     string
+		Mounted, Counted                     time.Time
+		Takeovers                            int
+		Pods                                 []struct{ Namespace, Name string }
+		ReadBytes, FetchedBytes, PassedBytes int64
 	}
 }
 
@@ -140,6 +155,20 @@ func TestTheMasterKnowsWhatIsWhere(t *testing.T) {
 			t.Errorf("volume ls: %s; want %s", got, want)
 		}
 	}
+	for _, id := range []string{va.ID, vb.ID} {
+		var v shownVolume
+		if err := a.ask(&v, "volume", "show", id); err != nil || v.Volume != id || v.Parameters["source"] != uri+"/ds" || v.Inline != (id == vb.ID) || len(v.Nodes) != 1 {
+			t.Fatalf("volume show: %+v, %v", v, err)
+		}
+		n := v.Nodes[0]
+		if n.Unanswered != "" || n.Mounted.IsZero() || n.Counted.IsZero() || fmt.Sprint(n.Pods) != "[{default v}]" || v.Inline && v.Namespace != "default" ||
+			n.FetchedBytes < map[bool]int64{false: 4194313, true: 8}[v.Inline] || n.ReadBytes+n.PassedBytes < n.FetchedBytes {
+			t.Errorf("volume show: %+v", v)
+		}
+	}
+	if err := a.ask(new(shownVolume), "volume", "show", "nobody's"); err == nil || !strings.Contains(err.Error(), "larder volume ls") {
+		t.Errorf("volume show of none: %v", err)
+	}
 	for _, name := range []string{"worker", "node", "master"} {
 		a.end(name, syscall.SIGKILL)
 		if name == "master" {
@@ -157,6 +186,10 @@ func TestTheMasterKnowsWhatIsWhere(t *testing.T) {
 		}
 		a.await(func() bool { return known() && slices.Equal(shown(uri), []string{"n1 4194313/3", "n2 8/1"}) })
 	}
+	a.await(func() bool { // the workers were killed, and count anew
+		var v shownVolume
+		return a.ask(&v, "volume", "show", va.ID) == nil && len(v.Nodes) == 1 && v.Nodes[0].Takeovers == 1 && v.Nodes[0].FetchedBytes == 0
+	})
 	if err := b.Unpublish(t.Context(), vb); err != nil {
 		t.Error(err)
 	}

@@ -129,7 +129,7 @@ func printWorkers(out io.Writer, entries []workerEntry, now time.Time) error {
 
 func volumeCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "volume", Short: "Volumes of the cluster"}
-	cmd.AddCommand(volumeListCommand(), publishCommand(), unpublishCommand())
+	cmd.AddCommand(volumeListCommand(), volumeShowCommand(), publishCommand(), unpublishCommand())
 	return cmd
 }
 

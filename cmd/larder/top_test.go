@@ -165,3 +165,41 @@ func TestListsAsTables(t *testing.T) {
 	}
 	golden(t, "worker-ls.json", b.String())
 }
+
+func TestAVolumeIsShownWithWhoHasIt(t *testing.T) {
+	d := volumeDetail{Volume: "lv-1", Name: "pvc-sales", Bytes: 5 << 30, Node: "node-a", Created: noon.Add(-50 * time.Hour),
+		Parameters: map[string]string{"source": "s3://b/sales", "layout": "full", "freshness": "1m0s", "binding": "node"}}
+	said := record.MountedVolume{
+		Namespace: "prod", Claim: "sales", Mounted: noon.Add(-26 * time.Hour), Takeovers: 3, LongestStall: 87654 * time.Microsecond, OpenFiles: 4,
+		Counted: noon.Add(-time.Hour), DiskBytes: 3 << 30, MemoryBytes: 1 << 20, StoreBytes: 5 << 20, PassedBytes: 9 << 30, FetchedBytes: 6 << 20, HitChunks: 300, MissChunks: 6,
+	}
+	away := said // its broker is
+	away.Mounted, away.Takeovers, away.LongestStall, away.Without, away.Trouble = time.Time{}, 0, 0, []string{"resend", "passthrough"}, "EIO: s3://b/sales/x: store unavailable"
+	d.add([]client.VolumeOnNode{
+		{Node: "node-a", UUID: "1b9d6bcd-bbfd-4b2d-9b5d-ab8dfbbd4bed", Pods: []client.Pod{{Namespace: "prod", Name: "reader-0", UID: "u1"}, {UID: "u2"}}, Volume: said},
+		{Node: "node-b", UUID: "9c858901-8a57-4791-81fe-4c455b099bc9", Volume: away},
+		{Node: "node-c", UUID: "16fd2706-8baf-433b-82eb-8c7fada847da", Unanswered: "no answer from 10.244.3.2:9814"},
+	})
+	var b strings.Builder
+	if err := d.print(&b, noon); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "volume-show.golden", b.String())
+	b.Reset()
+	if err := printJSON(&b, d); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "volume-show.json", b.String())
+
+	inline := volumeDetail{Volume: "csi-1", Inline: true}
+	inline.add(nil)
+	b.Reset()
+	if err := inline.print(&b, noon); err != nil || !strings.Contains(b.String(), "(inline)") || !strings.Contains(b.String(), "mounted nowhere") {
+		t.Errorf("%s, %v", &b, err)
+	}
+	inline.add([]client.VolumeOnNode{{Node: "node-a", Volume: record.MountedVolume{Inline: true, Namespace: "prod", Parameters: map[string]string{"path": "/sales"}}}})
+	b.Reset()
+	if err := inline.print(&b, noon); err != nil || !strings.Contains(b.String(), "/sales") || !strings.Contains(b.String(), "prod") {
+		t.Errorf("%s, %v", &b, err)
+	}
+}

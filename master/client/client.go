@@ -41,6 +41,7 @@ type (
 	Holding      = record.Holding
 	Worker       = record.Worker
 	Located      = record.Located
+	VolumeOnNode = record.VolumeOnNode
 	Capacity     = record.Capacity
 	Mount        = record.Mount
 	Table        = record.Table
@@ -259,6 +260,15 @@ func (c *Client) Locate(ctx context.Context, uri, endpoint string) (ls []Located
 		ls = append(ls, l.Record())
 	}
 	return ls, err
+}
+
+// DescribeVolume asks the workers of the nodes where a volume is mounted about it, by node; none for an id that nobody has.
+func (c *Client) DescribeVolume(ctx context.Context, id string) (vs []VolumeOnNode, err error) {
+	resp, err := do(ctx, c, masterpb.MasterClient.DescribeVolume, &masterpb.DescribeVolumeRequest{Id: id})
+	for _, v := range resp.GetNodes() {
+		vs = append(vs, v.Record())
+	}
+	return vs, err
 }
 
 // PutMount makes or replaces the mount at its path.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -50,6 +51,7 @@ func (a *Asker) Close() error {
 // it did not answer.
 func (a *Asker) Counters(ctx context.Context, ws []record.Worker) {
 	now := time.Now().UTC()
+	a.forget(ws)
 	a.each(ctx, ws, countersWithin, func(ctx context.Context, i int, rpc masterpb.InventoryClient) error {
 		resp, err := rpc.Counters(ctx, &masterpb.CountersRequest{})
 		if err == nil {
@@ -68,6 +70,7 @@ func (a *Asker) Held(ctx context.Context, ws []record.Worker, at record.Location
 	for i, w := range ws {
 		found[i] = record.Located{Node: w.Node, UUID: w.UUID, Addresses: w.Addresses}
 	}
+	a.forget(ws)
 	a.each(ctx, ws, heldWithin, func(ctx context.Context, i int, rpc masterpb.InventoryClient) error {
 		resp, err := rpc.Held(ctx, &masterpb.HeldRequest{Uri: at.URI, Endpoint: at.Endpoint})
 		if err == nil {
@@ -75,6 +78,28 @@ func (a *Asker) Held(ctx context.Context, ws []record.Worker, at record.Location
 		}
 		if err == nil {
 			found[i].Held = resp.Record()
+		}
+		return err
+	}, func(i int, why string) { found[i].Unanswered = why })
+	return found
+}
+
+// Volume asks those of all workers about a volume that have it.
+func (a *Asker) Volume(ctx context.Context, all []record.Worker, id string) (found []record.VolumeOnNode) {
+	var ws []record.Worker
+	for _, w := range all {
+		if i := slices.IndexFunc(w.Volumes, func(p record.Published) bool { return p.Volume.ID == id }); i >= 0 {
+			ws, found = append(ws, w), append(found, record.VolumeOnNode{Node: w.Node, UUID: w.UUID, Pods: w.Volumes[i].Pods})
+		}
+	}
+	a.forget(all)
+	a.each(ctx, ws, heldWithin, func(ctx context.Context, i int, rpc masterpb.InventoryClient) error {
+		resp, err := rpc.Volume(ctx, &masterpb.MountedVolumeRequest{Id: id})
+		if err == nil {
+			err = same(ws[i], resp.GetUuid())
+		}
+		if err == nil {
+			found[i].Volume = resp.Record()
 		}
 		return err
 	}, func(i int, why string) { found[i].Unanswered = why })
@@ -92,7 +117,6 @@ func same(w record.Worker, uuid string) error {
 // each asks all workers, some at once; those that cannot be asked or do not answer are failed.
 func (a *Asker) each(ctx context.Context, ws []record.Worker, within time.Duration,
 	ask func(ctx context.Context, i int, rpc masterpb.InventoryClient) error, failed func(i int, why string)) {
-	a.forget(ws)
 	var g errgroup.Group
 	g.SetLimit(atOnce)
 	for i, w := range ws {
@@ -131,6 +155,8 @@ func why(w record.Worker, err error) string {
 		return "no answer from " + w.Addresses[0]
 	case codes.Unauthenticated:
 		return "the worker at " + w.Addresses[0] + " does not take this registration's key: it has been restarted, or is another one"
+	case codes.Unimplemented:
+		return "it is of an older version (" + w.Version + "), which cannot say"
 	}
 	return s.Message()
 }

@@ -1,8 +1,8 @@
-// Package inventory is what a master asks workers: counters, and how many bytes they hold at a
-// place of an under store.
+// Package inventory is what a master asks workers: counters, how many bytes they hold at a
+// place of an under store, and what a volume of theirs is and has read.
 //
 // The worker's side listens on the network, so it has no other verbs, changes nothing, and
-// answers sums: the asker learns nothing that it could not name. It answers only who shows the
+// answers sums, of places and volumes that the asker has to name. It answers only who shows the
 // key of its registration, which masters alone are told. The master's side bounds how many
 // workers it asks at once and how long it waits for each; who does not answer is named.
 package inventory
@@ -31,6 +31,8 @@ type Worker interface {
 	Counters() record.Stats
 	// Held sums up what is cached at the location; it may take seconds and ends with ctx.
 	Held(ctx context.Context, at record.Location) (record.Held, error)
+	// Volume tells of a volume that is mounted; ErrNotFound for any other.
+	Volume(ctx context.Context, id string) (record.MountedVolume, error)
 }
 
 // NewKey makes a worker's key for the time that it runs.
@@ -100,4 +102,12 @@ func (s *server) Held(ctx context.Context, req *masterpb.HeldRequest) (*masterpb
 		return nil, masterpb.ToStatus(err)
 	}
 	return masterpb.FromHeld(s.uuid, h), nil
+}
+
+func (s *server) Volume(ctx context.Context, req *masterpb.MountedVolumeRequest) (*masterpb.MountedVolume, error) {
+	v, err := s.worker.Volume(ctx, req.GetId())
+	if err != nil {
+		return nil, masterpb.ToStatus(err)
+	}
+	return masterpb.FromMountedVolume(s.uuid, v), nil
 }

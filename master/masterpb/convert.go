@@ -104,11 +104,7 @@ func (x *CreateVolumeRequest) Spec() record.VolumeSpec {
 func FromRegistration(r record.Registration) *Worker {
 	w := &Worker{Uuid: r.UUID, Node: r.Node, Version: r.Version, CapacityBytes: r.CapacityBytes, Addresses: r.Addresses}
 	for _, p := range r.Volumes {
-		x := &PublishedVolume{Volume: FromVolume(p.Volume), Inline: p.Inline}
-		for _, pod := range p.Pods {
-			x.Pods = append(x.Pods, &Pod{Namespace: pod.Namespace, Name: pod.Name, Uid: pod.UID})
-		}
-		w.Volumes = append(w.Volumes, x)
+		w.Volumes = append(w.Volumes, &PublishedVolume{Volume: FromVolume(p.Volume), Inline: p.Inline, Pods: fromPods(p.Pods)})
 	}
 	return w
 }
@@ -119,11 +115,7 @@ func (x *Worker) Registration() record.Registration {
 		UUID: x.GetUuid(), Node: x.GetNode(), Version: x.GetVersion(), CapacityBytes: x.GetCapacityBytes(), Addresses: x.GetAddresses(),
 	}
 	for _, p := range x.GetVolumes() {
-		v := record.Published{Volume: p.GetVolume().Record(), Inline: p.GetInline()}
-		for _, pod := range p.GetPods() {
-			v.Pods = append(v.Pods, record.Pod{Namespace: pod.GetNamespace(), Name: pod.GetName(), UID: pod.GetUid()})
-		}
-		r.Volumes = append(r.Volumes, v)
+		r.Volumes = append(r.Volumes, record.Published{Volume: p.GetVolume().Record(), Inline: p.GetInline(), Pods: toPods(p.GetPods())})
 	}
 	return r
 }
@@ -183,6 +175,56 @@ func FromHeld(uuid string, h record.Held) *HeldResponse {
 // Record is the inverse of FromHeld.
 func (x *HeldResponse) Record() record.Held {
 	return record.Held{CachedBytes: x.GetCachedBytes(), Objects: x.GetObjects(), CompleteObjects: x.GetCompleteObjects(), Stores: x.GetStores()}
+}
+
+// FromMountedVolume makes the message of what the worker with that UUID says.
+func FromMountedVolume(uuid string, v record.MountedVolume) *MountedVolume {
+	return &MountedVolume{
+		Uuid: uuid, Parameters: v.Parameters, Inline: v.Inline, Namespace: v.Namespace, Claim: v.Claim,
+		Mounted: fromTime(v.Mounted), Takeovers: v.Takeovers, LongestStallMillis: v.LongestStall.Milliseconds(), Trouble: v.Trouble,
+		Without: v.Without, OpenFiles: v.OpenFiles, Counted: fromTime(v.Counted),
+		DiskBytes: v.DiskBytes, MemoryBytes: v.MemoryBytes, StoreBytes: v.StoreBytes, PassedBytes: v.PassedBytes,
+		FetchedBytes: v.FetchedBytes, HitChunks: v.HitChunks, MissChunks: v.MissChunks,
+	}
+}
+
+// Record is the inverse of FromMountedVolume.
+func (x *MountedVolume) Record() record.MountedVolume {
+	return record.MountedVolume{
+		Parameters: x.GetParameters(), Inline: x.GetInline(), Namespace: x.GetNamespace(), Claim: x.GetClaim(),
+		Mounted: toTime(x.GetMounted()), Takeovers: x.GetTakeovers(), LongestStall: time.Duration(x.GetLongestStallMillis()) * time.Millisecond,
+		Trouble: x.GetTrouble(), Without: x.GetWithout(), OpenFiles: x.GetOpenFiles(), Counted: toTime(x.GetCounted()),
+		DiskBytes: x.GetDiskBytes(), MemoryBytes: x.GetMemoryBytes(), StoreBytes: x.GetStoreBytes(), PassedBytes: x.GetPassedBytes(),
+		FetchedBytes: x.GetFetchedBytes(), HitChunks: x.GetHitChunks(), MissChunks: x.GetMissChunks(),
+	}
+}
+
+// FromVolumeOnNode makes the message.
+func FromVolumeOnNode(v record.VolumeOnNode) *VolumeOnNode {
+	x := &VolumeOnNode{Node: v.Node, Uuid: v.UUID, Pods: fromPods(v.Pods), Unanswered: v.Unanswered}
+	if v.Unanswered == "" {
+		x.Volume = FromMountedVolume(v.UUID, v.Volume)
+	}
+	return x
+}
+
+// Record is the inverse of FromVolumeOnNode.
+func (x *VolumeOnNode) Record() record.VolumeOnNode {
+	return record.VolumeOnNode{Node: x.GetNode(), UUID: x.GetUuid(), Pods: toPods(x.GetPods()), Volume: x.GetVolume().Record(), Unanswered: x.GetUnanswered()}
+}
+
+func fromPods(pods []record.Pod) (xs []*Pod) {
+	for _, p := range pods {
+		xs = append(xs, &Pod{Namespace: p.Namespace, Name: p.Name, Uid: p.UID})
+	}
+	return xs
+}
+
+func toPods(xs []*Pod) (pods []record.Pod) {
+	for _, x := range xs {
+		pods = append(pods, record.Pod{Namespace: x.GetNamespace(), Name: x.GetName(), UID: x.GetUid()})
+	}
+	return pods
 }
 
 // FromLocated makes the message.

@@ -2111,6 +2111,404 @@ func (x *HeldResponse) GetStores() int64 {
 	return 0
 }
 
+type DescribeVolumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DescribeVolumeRequest) Reset() {
+	*x = DescribeVolumeRequest{}
+	mi := &file_master_masterpb_master_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DescribeVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DescribeVolumeRequest) ProtoMessage() {}
+
+func (x *DescribeVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DescribeVolumeRequest.ProtoReflect.Descriptor instead.
+func (*DescribeVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *DescribeVolumeRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type VolumeDescription struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Nodes         []*VolumeOnNode        `protobuf:"bytes,1,rep,name=nodes,proto3" json:"nodes,omitempty"` // by node
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeDescription) Reset() {
+	*x = VolumeDescription{}
+	mi := &file_master_masterpb_master_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeDescription) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeDescription) ProtoMessage() {}
+
+func (x *VolumeDescription) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeDescription.ProtoReflect.Descriptor instead.
+func (*VolumeDescription) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *VolumeDescription) GetNodes() []*VolumeOnNode {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+// VolumeOnNode is a volume on one node.
+type VolumeOnNode struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Uuid          string                 `protobuf:"bytes,2,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	Pods          []*Pod                 `protobuf:"bytes,3,rep,name=pods,proto3" json:"pods,omitempty"`
+	Volume        *MountedVolume         `protobuf:"bytes,4,opt,name=volume,proto3" json:"volume,omitempty"`         // unset if it is not known
+	Unanswered    string                 `protobuf:"bytes,5,opt,name=unanswered,proto3" json:"unanswered,omitempty"` // why
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeOnNode) Reset() {
+	*x = VolumeOnNode{}
+	mi := &file_master_masterpb_master_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeOnNode) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeOnNode) ProtoMessage() {}
+
+func (x *VolumeOnNode) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeOnNode.ProtoReflect.Descriptor instead.
+func (*VolumeOnNode) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *VolumeOnNode) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *VolumeOnNode) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+func (x *VolumeOnNode) GetPods() []*Pod {
+	if x != nil {
+		return x.Pods
+	}
+	return nil
+}
+
+func (x *VolumeOnNode) GetVolume() *MountedVolume {
+	if x != nil {
+		return x.Volume
+	}
+	return nil
+}
+
+func (x *VolumeOnNode) GetUnanswered() string {
+	if x != nil {
+		return x.Unanswered
+	}
+	return ""
+}
+
+type MountedVolumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MountedVolumeRequest) Reset() {
+	*x = MountedVolumeRequest{}
+	mi := &file_master_masterpb_master_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MountedVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MountedVolumeRequest) ProtoMessage() {}
+
+func (x *MountedVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MountedVolumeRequest.ProtoReflect.Descriptor instead.
+func (*MountedVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *MountedVolumeRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+// MountedVolume is what a worker says of a volume on its node. It counts since it took the mount.
+type MountedVolume struct {
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Uuid               string                 `protobuf:"bytes,1,opt,name=uuid,proto3" json:"uuid,omitempty"` // of who answers
+	Parameters         map[string]string      `protobuf:"bytes,2,rep,name=parameters,proto3" json:"parameters,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Inline             bool                   `protobuf:"varint,3,opt,name=inline,proto3" json:"inline,omitempty"`
+	Namespace          string                 `protobuf:"bytes,4,opt,name=namespace,proto3" json:"namespace,omitempty"` // of its claim, or of the pod that named it itself
+	Claim              string                 `protobuf:"bytes,5,opt,name=claim,proto3" json:"claim,omitempty"`
+	Mounted            *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=mounted,proto3" json:"mounted,omitempty"`                                                    // unset while the broker is away, as are the two below
+	Takeovers          int64                  `protobuf:"varint,7,opt,name=takeovers,proto3" json:"takeovers,omitempty"`                                               // by workers after the first
+	LongestStallMillis int64                  `protobuf:"varint,8,opt,name=longest_stall_millis,json=longestStallMillis,proto3" json:"longest_stall_millis,omitempty"` // without a worker
+	Counted            *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=counted,proto3" json:"counted,omitempty"`                                                    // since when
+	Trouble            string                 `protobuf:"bytes,10,opt,name=trouble,proto3" json:"trouble,omitempty"`                                                   // what readers were told lately; "" for nothing
+	DiskBytes          uint64                 `protobuf:"varint,11,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`                             // given to readers from cache files
+	MemoryBytes        uint64                 `protobuf:"varint,12,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`                       // from memory
+	StoreBytes         uint64                 `protobuf:"varint,13,opt,name=store_bytes,json=storeBytes,proto3" json:"store_bytes,omitempty"`                          // that the readers waited for
+	PassedBytes        uint64                 `protobuf:"varint,14,opt,name=passed_bytes,json=passedBytes,proto3" json:"passed_bytes,omitempty"`                       // sizes of files whose reading the kernel was given
+	FetchedBytes       uint64                 `protobuf:"varint,15,opt,name=fetched_bytes,json=fetchedBytes,proto3" json:"fetched_bytes,omitempty"`                    // from under stores
+	HitChunks          uint64                 `protobuf:"varint,16,opt,name=hit_chunks,json=hitChunks,proto3" json:"hit_chunks,omitempty"`
+	MissChunks         uint64                 `protobuf:"varint,17,opt,name=miss_chunks,json=missChunks,proto3" json:"miss_chunks,omitempty"`
+	OpenFiles          uint64                 `protobuf:"varint,18,opt,name=open_files,json=openFiles,proto3" json:"open_files,omitempty"` // now; a hint after a take-over
+	Without            []string               `protobuf:"bytes,19,rep,name=without,proto3" json:"without,omitempty"`                       // features that this mount does without
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *MountedVolume) Reset() {
+	*x = MountedVolume{}
+	mi := &file_master_masterpb_master_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MountedVolume) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MountedVolume) ProtoMessage() {}
+
+func (x *MountedVolume) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MountedVolume.ProtoReflect.Descriptor instead.
+func (*MountedVolume) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *MountedVolume) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+func (x *MountedVolume) GetParameters() map[string]string {
+	if x != nil {
+		return x.Parameters
+	}
+	return nil
+}
+
+func (x *MountedVolume) GetInline() bool {
+	if x != nil {
+		return x.Inline
+	}
+	return false
+}
+
+func (x *MountedVolume) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *MountedVolume) GetClaim() string {
+	if x != nil {
+		return x.Claim
+	}
+	return ""
+}
+
+func (x *MountedVolume) GetMounted() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Mounted
+	}
+	return nil
+}
+
+func (x *MountedVolume) GetTakeovers() int64 {
+	if x != nil {
+		return x.Takeovers
+	}
+	return 0
+}
+
+func (x *MountedVolume) GetLongestStallMillis() int64 {
+	if x != nil {
+		return x.LongestStallMillis
+	}
+	return 0
+}
+
+func (x *MountedVolume) GetCounted() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Counted
+	}
+	return nil
+}
+
+func (x *MountedVolume) GetTrouble() string {
+	if x != nil {
+		return x.Trouble
+	}
+	return ""
+}
+
+func (x *MountedVolume) GetDiskBytes() uint64 {
+	if x != nil {
+		return x.DiskBytes
+	}
+	return 0
+}
+
+func (x *MountedVolume) GetMemoryBytes() uint64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *MountedVolume) GetStoreBytes() uint64 {
+	if x != nil {
+		return x.StoreBytes
+	}
+	return 0
+}
+
+func (x *MountedVolume) GetPassedBytes() uint64 {
+	if x != nil {
+		return x.PassedBytes
+	}
+	return 0
+}
+
+func (x *MountedVolume) GetFetchedBytes() uint64 {
+	if x != nil {
+		return x.FetchedBytes
+	}
+	return 0
+}
+
+func (x *MountedVolume) GetHitChunks() uint64 {
+	if x != nil {
+		return x.HitChunks
+	}
+	return 0
+}
+
+func (x *MountedVolume) GetMissChunks() uint64 {
+	if x != nil {
+		return x.MissChunks
+	}
+	return 0
+}
+
+func (x *MountedVolume) GetOpenFiles() uint64 {
+	if x != nil {
+		return x.OpenFiles
+	}
+	return 0
+}
+
+func (x *MountedVolume) GetWithout() []string {
+	if x != nil {
+		return x.Without
+	}
+	return nil
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2119,7 +2517,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[36]
+	mi := &file_master_masterpb_master_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2131,7 +2529,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[36]
+	mi := &file_master_masterpb_master_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2144,7 +2542,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{36}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{41}
 }
 
 type MasterStatus struct {
@@ -2164,7 +2562,7 @@ type MasterStatus struct {
 
 func (x *MasterStatus) Reset() {
 	*x = MasterStatus{}
-	mi := &file_master_masterpb_master_proto_msgTypes[37]
+	mi := &file_master_masterpb_master_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2176,7 +2574,7 @@ func (x *MasterStatus) String() string {
 func (*MasterStatus) ProtoMessage() {}
 
 func (x *MasterStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[37]
+	mi := &file_master_masterpb_master_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2189,7 +2587,7 @@ func (x *MasterStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MasterStatus.ProtoReflect.Descriptor instead.
 func (*MasterStatus) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{37}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *MasterStatus) GetVersion() string {
@@ -2268,7 +2666,7 @@ type CreateJobRequest struct {
 
 func (x *CreateJobRequest) Reset() {
 	*x = CreateJobRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[38]
+	mi := &file_master_masterpb_master_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2280,7 +2678,7 @@ func (x *CreateJobRequest) String() string {
 func (*CreateJobRequest) ProtoMessage() {}
 
 func (x *CreateJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[38]
+	mi := &file_master_masterpb_master_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2293,7 +2691,7 @@ func (x *CreateJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJobRequest.ProtoReflect.Descriptor instead.
 func (*CreateJobRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{38}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *CreateJobRequest) GetKind() string {
@@ -2348,7 +2746,7 @@ type Job struct {
 
 func (x *Job) Reset() {
 	*x = Job{}
-	mi := &file_master_masterpb_master_proto_msgTypes[39]
+	mi := &file_master_masterpb_master_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2360,7 +2758,7 @@ func (x *Job) String() string {
 func (*Job) ProtoMessage() {}
 
 func (x *Job) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[39]
+	mi := &file_master_masterpb_master_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2373,7 +2771,7 @@ func (x *Job) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Job.ProtoReflect.Descriptor instead.
 func (*Job) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{39}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Job) GetId() string {
@@ -2452,7 +2850,7 @@ type JobNode struct {
 
 func (x *JobNode) Reset() {
 	*x = JobNode{}
-	mi := &file_master_masterpb_master_proto_msgTypes[40]
+	mi := &file_master_masterpb_master_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2464,7 +2862,7 @@ func (x *JobNode) String() string {
 func (*JobNode) ProtoMessage() {}
 
 func (x *JobNode) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[40]
+	mi := &file_master_masterpb_master_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2477,7 +2875,7 @@ func (x *JobNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobNode.ProtoReflect.Descriptor instead.
 func (*JobNode) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{40}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *JobNode) GetNode() string {
@@ -2566,7 +2964,7 @@ type GetJobRequest struct {
 
 func (x *GetJobRequest) Reset() {
 	*x = GetJobRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[41]
+	mi := &file_master_masterpb_master_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2578,7 +2976,7 @@ func (x *GetJobRequest) String() string {
 func (*GetJobRequest) ProtoMessage() {}
 
 func (x *GetJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[41]
+	mi := &file_master_masterpb_master_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2591,7 +2989,7 @@ func (x *GetJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJobRequest.ProtoReflect.Descriptor instead.
 func (*GetJobRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{41}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *GetJobRequest) GetId() string {
@@ -2609,7 +3007,7 @@ type ListJobsRequest struct {
 
 func (x *ListJobsRequest) Reset() {
 	*x = ListJobsRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[42]
+	mi := &file_master_masterpb_master_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2621,7 +3019,7 @@ func (x *ListJobsRequest) String() string {
 func (*ListJobsRequest) ProtoMessage() {}
 
 func (x *ListJobsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[42]
+	mi := &file_master_masterpb_master_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2634,7 +3032,7 @@ func (x *ListJobsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJobsRequest.ProtoReflect.Descriptor instead.
 func (*ListJobsRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{42}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{47}
 }
 
 type ListJobsResponse struct {
@@ -2646,7 +3044,7 @@ type ListJobsResponse struct {
 
 func (x *ListJobsResponse) Reset() {
 	*x = ListJobsResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[43]
+	mi := &file_master_masterpb_master_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2658,7 +3056,7 @@ func (x *ListJobsResponse) String() string {
 func (*ListJobsResponse) ProtoMessage() {}
 
 func (x *ListJobsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[43]
+	mi := &file_master_masterpb_master_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2671,7 +3069,7 @@ func (x *ListJobsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJobsResponse.ProtoReflect.Descriptor instead.
 func (*ListJobsResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{43}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ListJobsResponse) GetJobs() []*Job {
@@ -2690,7 +3088,7 @@ type CancelJobRequest struct {
 
 func (x *CancelJobRequest) Reset() {
 	*x = CancelJobRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[44]
+	mi := &file_master_masterpb_master_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2702,7 +3100,7 @@ func (x *CancelJobRequest) String() string {
 func (*CancelJobRequest) ProtoMessage() {}
 
 func (x *CancelJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[44]
+	mi := &file_master_masterpb_master_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2715,7 +3113,7 @@ func (x *CancelJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelJobRequest.ProtoReflect.Descriptor instead.
 func (*CancelJobRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{44}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *CancelJobRequest) GetId() string {
@@ -2733,7 +3131,7 @@ type CancelJobResponse struct {
 
 func (x *CancelJobResponse) Reset() {
 	*x = CancelJobResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[45]
+	mi := &file_master_masterpb_master_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2745,7 +3143,7 @@ func (x *CancelJobResponse) String() string {
 func (*CancelJobResponse) ProtoMessage() {}
 
 func (x *CancelJobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[45]
+	mi := &file_master_masterpb_master_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2758,7 +3156,7 @@ func (x *CancelJobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelJobResponse.ProtoReflect.Descriptor instead.
 func (*CancelJobResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{45}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{50}
 }
 
 type WorkRequest struct {
@@ -2773,7 +3171,7 @@ type WorkRequest struct {
 
 func (x *WorkRequest) Reset() {
 	*x = WorkRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[46]
+	mi := &file_master_masterpb_master_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2785,7 +3183,7 @@ func (x *WorkRequest) String() string {
 func (*WorkRequest) ProtoMessage() {}
 
 func (x *WorkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[46]
+	mi := &file_master_masterpb_master_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2798,7 +3196,7 @@ func (x *WorkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkRequest.ProtoReflect.Descriptor instead.
 func (*WorkRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{46}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *WorkRequest) GetUuid() string {
@@ -2839,7 +3237,7 @@ type WorkResponse struct {
 
 func (x *WorkResponse) Reset() {
 	*x = WorkResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[47]
+	mi := &file_master_masterpb_master_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2851,7 +3249,7 @@ func (x *WorkResponse) String() string {
 func (*WorkResponse) ProtoMessage() {}
 
 func (x *WorkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[47]
+	mi := &file_master_masterpb_master_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2864,7 +3262,7 @@ func (x *WorkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkResponse.ProtoReflect.Descriptor instead.
 func (*WorkResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{47}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *WorkResponse) GetJobs() []*Job {
@@ -2893,7 +3291,7 @@ type ReportJobRequest struct {
 
 func (x *ReportJobRequest) Reset() {
 	*x = ReportJobRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[48]
+	mi := &file_master_masterpb_master_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2905,7 +3303,7 @@ func (x *ReportJobRequest) String() string {
 func (*ReportJobRequest) ProtoMessage() {}
 
 func (x *ReportJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[48]
+	mi := &file_master_masterpb_master_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2918,7 +3316,7 @@ func (x *ReportJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportJobRequest.ProtoReflect.Descriptor instead.
 func (*ReportJobRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{48}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ReportJobRequest) GetUuid() string {
@@ -2958,7 +3356,7 @@ type ReportJobResponse struct {
 
 func (x *ReportJobResponse) Reset() {
 	*x = ReportJobResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[49]
+	mi := &file_master_masterpb_master_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2970,7 +3368,7 @@ func (x *ReportJobResponse) String() string {
 func (*ReportJobResponse) ProtoMessage() {}
 
 func (x *ReportJobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[49]
+	mi := &file_master_masterpb_master_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2983,7 +3381,7 @@ func (x *ReportJobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportJobResponse.ProtoReflect.Descriptor instead.
 func (*ReportJobResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{49}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ReportJobResponse) GetCanceled() bool {
@@ -3162,7 +3560,52 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\fcached_bytes\x18\x02 \x01(\x03R\vcachedBytes\x12\x18\n" +
 	"\aobjects\x18\x03 \x01(\x03R\aobjects\x12)\n" +
 	"\x10complete_objects\x18\x04 \x01(\x03R\x0fcompleteObjects\x12\x16\n" +
-	"\x06stores\x18\x05 \x01(\x03R\x06stores\"\x0f\n" +
+	"\x06stores\x18\x05 \x01(\x03R\x06stores\"'\n" +
+	"\x15DescribeVolumeRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"I\n" +
+	"\x11VolumeDescription\x124\n" +
+	"\x05nodes\x18\x01 \x03(\v2\x1e.larder.master.v1.VolumeOnNodeR\x05nodes\"\xba\x01\n" +
+	"\fVolumeOnNode\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
+	"\x04uuid\x18\x02 \x01(\tR\x04uuid\x12)\n" +
+	"\x04pods\x18\x03 \x03(\v2\x15.larder.master.v1.PodR\x04pods\x127\n" +
+	"\x06volume\x18\x04 \x01(\v2\x1f.larder.master.v1.MountedVolumeR\x06volume\x12\x1e\n" +
+	"\n" +
+	"unanswered\x18\x05 \x01(\tR\n" +
+	"unanswered\"&\n" +
+	"\x14MountedVolumeRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xf9\x05\n" +
+	"\rMountedVolume\x12\x12\n" +
+	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12O\n" +
+	"\n" +
+	"parameters\x18\x02 \x03(\v2/.larder.master.v1.MountedVolume.ParametersEntryR\n" +
+	"parameters\x12\x16\n" +
+	"\x06inline\x18\x03 \x01(\bR\x06inline\x12\x1c\n" +
+	"\tnamespace\x18\x04 \x01(\tR\tnamespace\x12\x14\n" +
+	"\x05claim\x18\x05 \x01(\tR\x05claim\x124\n" +
+	"\amounted\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\amounted\x12\x1c\n" +
+	"\ttakeovers\x18\a \x01(\x03R\ttakeovers\x120\n" +
+	"\x14longest_stall_millis\x18\b \x01(\x03R\x12longestStallMillis\x124\n" +
+	"\acounted\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\acounted\x12\x18\n" +
+	"\atrouble\x18\n" +
+	" \x01(\tR\atrouble\x12\x1d\n" +
+	"\n" +
+	"disk_bytes\x18\v \x01(\x04R\tdiskBytes\x12!\n" +
+	"\fmemory_bytes\x18\f \x01(\x04R\vmemoryBytes\x12\x1f\n" +
+	"\vstore_bytes\x18\r \x01(\x04R\n" +
+	"storeBytes\x12!\n" +
+	"\fpassed_bytes\x18\x0e \x01(\x04R\vpassedBytes\x12#\n" +
+	"\rfetched_bytes\x18\x0f \x01(\x04R\ffetchedBytes\x12\x1d\n" +
+	"\n" +
+	"hit_chunks\x18\x10 \x01(\x04R\thitChunks\x12\x1f\n" +
+	"\vmiss_chunks\x18\x11 \x01(\x04R\n" +
+	"missChunks\x12\x1d\n" +
+	"\n" +
+	"open_files\x18\x12 \x01(\x04R\topenFiles\x12\x18\n" +
+	"\awithout\x18\x13 \x03(\tR\awithout\x1a=\n" +
+	"\x0fParametersEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x0f\n" +
 	"\rStatusRequest\"\xa0\x02\n" +
 	"\fMasterStatus\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x10\n" +
@@ -3225,7 +3668,7 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\x02id\x18\x03 \x01(\tR\x02id\x12-\n" +
 	"\x04node\x18\x04 \x01(\v2\x19.larder.master.v1.JobNodeR\x04node\"/\n" +
 	"\x11ReportJobResponse\x12\x1a\n" +
-	"\bcanceled\x18\x01 \x01(\bR\bcanceled2\xdc\r\n" +
+	"\bcanceled\x18\x01 \x01(\bR\bcanceled2\xbc\x0e\n" +
 	"\x06Master\x12c\n" +
 	"\x0eRegisterWorker\x12'.larder.master.v1.RegisterWorkerRequest\x1a(.larder.master.v1.RegisterWorkerResponse\x12T\n" +
 	"\tHeartbeat\x12\".larder.master.v1.HeartbeatRequest\x1a#.larder.master.v1.HeartbeatResponse\x12Z\n" +
@@ -3240,7 +3683,8 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"ListMounts\x12#.larder.master.v1.ListMountsRequest\x1a$.larder.master.v1.ListMountsResponse\x12Z\n" +
 	"\vDeleteMount\x12$.larder.master.v1.DeleteMountRequest\x1a%.larder.master.v1.DeleteMountResponse\x12U\n" +
 	"\fFollowMounts\x12%.larder.master.v1.FollowMountsRequest\x1a\x1c.larder.master.v1.MountTable0\x01\x12V\n" +
-	"\rRestoreMounts\x12\x1c.larder.master.v1.MountTable\x1a'.larder.master.v1.RestoreMountsResponse\x12K\n" +
+	"\rRestoreMounts\x12\x1c.larder.master.v1.MountTable\x1a'.larder.master.v1.RestoreMountsResponse\x12^\n" +
+	"\x0eDescribeVolume\x12'.larder.master.v1.DescribeVolumeRequest\x1a#.larder.master.v1.VolumeDescription\x12K\n" +
 	"\x06Locate\x12\x1f.larder.master.v1.LocateRequest\x1a .larder.master.v1.LocateResponse\x12F\n" +
 	"\tCreateJob\x12\".larder.master.v1.CreateJobRequest\x1a\x15.larder.master.v1.Job\x12@\n" +
 	"\x06GetJob\x12\x1f.larder.master.v1.GetJobRequest\x1a\x15.larder.master.v1.Job\x12Q\n" +
@@ -3248,10 +3692,11 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\tCancelJob\x12\".larder.master.v1.CancelJobRequest\x1a#.larder.master.v1.CancelJobResponse\x12E\n" +
 	"\x04Work\x12\x1d.larder.master.v1.WorkRequest\x1a\x1e.larder.master.v1.WorkResponse\x12T\n" +
 	"\tReportJob\x12\".larder.master.v1.ReportJobRequest\x1a#.larder.master.v1.ReportJobResponse\x12I\n" +
-	"\x06Status\x12\x1f.larder.master.v1.StatusRequest\x1a\x1e.larder.master.v1.MasterStatus2\xa3\x01\n" +
+	"\x06Status\x12\x1f.larder.master.v1.StatusRequest\x1a\x1e.larder.master.v1.MasterStatus2\xf6\x01\n" +
 	"\tInventory\x12O\n" +
 	"\bCounters\x12!.larder.master.v1.CountersRequest\x1a .larder.master.v1.WorkerCounters\x12E\n" +
-	"\x04Held\x12\x1d.larder.master.v1.HeldRequest\x1a\x1e.larder.master.v1.HeldResponseB,Z*github.com/larderfs/larder/master/masterpbb\x06proto3"
+	"\x04Held\x12\x1d.larder.master.v1.HeldRequest\x1a\x1e.larder.master.v1.HeldResponse\x12Q\n" +
+	"\x06Volume\x12&.larder.master.v1.MountedVolumeRequest\x1a\x1f.larder.master.v1.MountedVolumeB,Z*github.com/larderfs/larder/master/masterpbb\x06proto3"
 
 var (
 	file_master_masterpb_master_proto_rawDescOnce sync.Once
@@ -3265,7 +3710,7 @@ func file_master_masterpb_master_proto_rawDescGZIP() []byte {
 	return file_master_masterpb_master_proto_rawDescData
 }
 
-var file_master_masterpb_master_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
+var file_master_masterpb_master_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
 var file_master_masterpb_master_proto_goTypes = []any{
 	(*Worker)(nil),                 // 0: larder.master.v1.Worker
 	(*PublishedVolume)(nil),        // 1: larder.master.v1.PublishedVolume
@@ -3303,107 +3748,123 @@ var file_master_masterpb_master_proto_goTypes = []any{
 	(*WorkerCounters)(nil),         // 33: larder.master.v1.WorkerCounters
 	(*HeldRequest)(nil),            // 34: larder.master.v1.HeldRequest
 	(*HeldResponse)(nil),           // 35: larder.master.v1.HeldResponse
-	(*StatusRequest)(nil),          // 36: larder.master.v1.StatusRequest
-	(*MasterStatus)(nil),           // 37: larder.master.v1.MasterStatus
-	(*CreateJobRequest)(nil),       // 38: larder.master.v1.CreateJobRequest
-	(*Job)(nil),                    // 39: larder.master.v1.Job
-	(*JobNode)(nil),                // 40: larder.master.v1.JobNode
-	(*GetJobRequest)(nil),          // 41: larder.master.v1.GetJobRequest
-	(*ListJobsRequest)(nil),        // 42: larder.master.v1.ListJobsRequest
-	(*ListJobsResponse)(nil),       // 43: larder.master.v1.ListJobsResponse
-	(*CancelJobRequest)(nil),       // 44: larder.master.v1.CancelJobRequest
-	(*CancelJobResponse)(nil),      // 45: larder.master.v1.CancelJobResponse
-	(*WorkRequest)(nil),            // 46: larder.master.v1.WorkRequest
-	(*WorkResponse)(nil),           // 47: larder.master.v1.WorkResponse
-	(*ReportJobRequest)(nil),       // 48: larder.master.v1.ReportJobRequest
-	(*ReportJobResponse)(nil),      // 49: larder.master.v1.ReportJobResponse
-	nil,                            // 50: larder.master.v1.Volume.ParametersEntry
-	nil,                            // 51: larder.master.v1.CreateVolumeRequest.ParametersEntry
-	nil,                            // 52: larder.master.v1.Mount.OptionsEntry
-	(*timestamppb.Timestamp)(nil),  // 53: google.protobuf.Timestamp
+	(*DescribeVolumeRequest)(nil),  // 36: larder.master.v1.DescribeVolumeRequest
+	(*VolumeDescription)(nil),      // 37: larder.master.v1.VolumeDescription
+	(*VolumeOnNode)(nil),           // 38: larder.master.v1.VolumeOnNode
+	(*MountedVolumeRequest)(nil),   // 39: larder.master.v1.MountedVolumeRequest
+	(*MountedVolume)(nil),          // 40: larder.master.v1.MountedVolume
+	(*StatusRequest)(nil),          // 41: larder.master.v1.StatusRequest
+	(*MasterStatus)(nil),           // 42: larder.master.v1.MasterStatus
+	(*CreateJobRequest)(nil),       // 43: larder.master.v1.CreateJobRequest
+	(*Job)(nil),                    // 44: larder.master.v1.Job
+	(*JobNode)(nil),                // 45: larder.master.v1.JobNode
+	(*GetJobRequest)(nil),          // 46: larder.master.v1.GetJobRequest
+	(*ListJobsRequest)(nil),        // 47: larder.master.v1.ListJobsRequest
+	(*ListJobsResponse)(nil),       // 48: larder.master.v1.ListJobsResponse
+	(*CancelJobRequest)(nil),       // 49: larder.master.v1.CancelJobRequest
+	(*CancelJobResponse)(nil),      // 50: larder.master.v1.CancelJobResponse
+	(*WorkRequest)(nil),            // 51: larder.master.v1.WorkRequest
+	(*WorkResponse)(nil),           // 52: larder.master.v1.WorkResponse
+	(*ReportJobRequest)(nil),       // 53: larder.master.v1.ReportJobRequest
+	(*ReportJobResponse)(nil),      // 54: larder.master.v1.ReportJobResponse
+	nil,                            // 55: larder.master.v1.Volume.ParametersEntry
+	nil,                            // 56: larder.master.v1.CreateVolumeRequest.ParametersEntry
+	nil,                            // 57: larder.master.v1.Mount.OptionsEntry
+	nil,                            // 58: larder.master.v1.MountedVolume.ParametersEntry
+	(*timestamppb.Timestamp)(nil),  // 59: google.protobuf.Timestamp
 }
 var file_master_masterpb_master_proto_depIdxs = []int32{
 	1,  // 0: larder.master.v1.Worker.volumes:type_name -> larder.master.v1.PublishedVolume
-	53, // 1: larder.master.v1.Worker.registered:type_name -> google.protobuf.Timestamp
-	53, // 2: larder.master.v1.Worker.seen:type_name -> google.protobuf.Timestamp
+	59, // 1: larder.master.v1.Worker.registered:type_name -> google.protobuf.Timestamp
+	59, // 2: larder.master.v1.Worker.seen:type_name -> google.protobuf.Timestamp
 	3,  // 3: larder.master.v1.Worker.stats:type_name -> larder.master.v1.WorkerStats
 	4,  // 4: larder.master.v1.Worker.holdings:type_name -> larder.master.v1.Holding
 	11, // 5: larder.master.v1.PublishedVolume.volume:type_name -> larder.master.v1.Volume
 	2,  // 6: larder.master.v1.PublishedVolume.pods:type_name -> larder.master.v1.Pod
-	53, // 7: larder.master.v1.WorkerStats.started:type_name -> google.protobuf.Timestamp
+	59, // 7: larder.master.v1.WorkerStats.started:type_name -> google.protobuf.Timestamp
 	0,  // 8: larder.master.v1.RegisterWorkerRequest.worker:type_name -> larder.master.v1.Worker
 	3,  // 9: larder.master.v1.HeartbeatRequest.stats:type_name -> larder.master.v1.WorkerStats
 	4,  // 10: larder.master.v1.HeartbeatRequest.holdings:type_name -> larder.master.v1.Holding
 	0,  // 11: larder.master.v1.ListWorkersResponse.workers:type_name -> larder.master.v1.Worker
-	50, // 12: larder.master.v1.Volume.parameters:type_name -> larder.master.v1.Volume.ParametersEntry
-	53, // 13: larder.master.v1.Volume.created:type_name -> google.protobuf.Timestamp
-	51, // 14: larder.master.v1.CreateVolumeRequest.parameters:type_name -> larder.master.v1.CreateVolumeRequest.ParametersEntry
+	55, // 12: larder.master.v1.Volume.parameters:type_name -> larder.master.v1.Volume.ParametersEntry
+	59, // 13: larder.master.v1.Volume.created:type_name -> google.protobuf.Timestamp
+	56, // 14: larder.master.v1.CreateVolumeRequest.parameters:type_name -> larder.master.v1.CreateVolumeRequest.ParametersEntry
 	11, // 15: larder.master.v1.ListVolumesResponse.volumes:type_name -> larder.master.v1.Volume
-	52, // 16: larder.master.v1.Mount.options:type_name -> larder.master.v1.Mount.OptionsEntry
+	57, // 16: larder.master.v1.Mount.options:type_name -> larder.master.v1.Mount.OptionsEntry
 	20, // 17: larder.master.v1.MountTable.mounts:type_name -> larder.master.v1.Mount
 	20, // 18: larder.master.v1.ListMountsResponse.mounts:type_name -> larder.master.v1.Mount
 	31, // 19: larder.master.v1.LocateResponse.workers:type_name -> larder.master.v1.Located
 	35, // 20: larder.master.v1.Located.held:type_name -> larder.master.v1.HeldResponse
 	3,  // 21: larder.master.v1.WorkerCounters.stats:type_name -> larder.master.v1.WorkerStats
-	53, // 22: larder.master.v1.MasterStatus.started:type_name -> google.protobuf.Timestamp
-	53, // 23: larder.master.v1.Job.created:type_name -> google.protobuf.Timestamp
-	40, // 24: larder.master.v1.Job.nodes:type_name -> larder.master.v1.JobNode
-	53, // 25: larder.master.v1.JobNode.started:type_name -> google.protobuf.Timestamp
-	53, // 26: larder.master.v1.JobNode.updated:type_name -> google.protobuf.Timestamp
-	39, // 27: larder.master.v1.ListJobsResponse.jobs:type_name -> larder.master.v1.Job
-	39, // 28: larder.master.v1.WorkResponse.jobs:type_name -> larder.master.v1.Job
-	40, // 29: larder.master.v1.ReportJobRequest.node:type_name -> larder.master.v1.JobNode
-	5,  // 30: larder.master.v1.Master.RegisterWorker:input_type -> larder.master.v1.RegisterWorkerRequest
-	7,  // 31: larder.master.v1.Master.Heartbeat:input_type -> larder.master.v1.HeartbeatRequest
-	9,  // 32: larder.master.v1.Master.ListWorkers:input_type -> larder.master.v1.ListWorkersRequest
-	12, // 33: larder.master.v1.Master.CreateVolume:input_type -> larder.master.v1.CreateVolumeRequest
-	13, // 34: larder.master.v1.Master.DeleteVolume:input_type -> larder.master.v1.DeleteVolumeRequest
-	15, // 35: larder.master.v1.Master.GetVolume:input_type -> larder.master.v1.GetVolumeRequest
-	16, // 36: larder.master.v1.Master.ListVolumes:input_type -> larder.master.v1.ListVolumesRequest
-	18, // 37: larder.master.v1.Master.GetCapacity:input_type -> larder.master.v1.GetCapacityRequest
-	20, // 38: larder.master.v1.Master.PutMount:input_type -> larder.master.v1.Mount
-	25, // 39: larder.master.v1.Master.ListMounts:input_type -> larder.master.v1.ListMountsRequest
-	27, // 40: larder.master.v1.Master.DeleteMount:input_type -> larder.master.v1.DeleteMountRequest
-	22, // 41: larder.master.v1.Master.FollowMounts:input_type -> larder.master.v1.FollowMountsRequest
-	23, // 42: larder.master.v1.Master.RestoreMounts:input_type -> larder.master.v1.MountTable
-	29, // 43: larder.master.v1.Master.Locate:input_type -> larder.master.v1.LocateRequest
-	38, // 44: larder.master.v1.Master.CreateJob:input_type -> larder.master.v1.CreateJobRequest
-	41, // 45: larder.master.v1.Master.GetJob:input_type -> larder.master.v1.GetJobRequest
-	42, // 46: larder.master.v1.Master.ListJobs:input_type -> larder.master.v1.ListJobsRequest
-	44, // 47: larder.master.v1.Master.CancelJob:input_type -> larder.master.v1.CancelJobRequest
-	46, // 48: larder.master.v1.Master.Work:input_type -> larder.master.v1.WorkRequest
-	48, // 49: larder.master.v1.Master.ReportJob:input_type -> larder.master.v1.ReportJobRequest
-	36, // 50: larder.master.v1.Master.Status:input_type -> larder.master.v1.StatusRequest
-	32, // 51: larder.master.v1.Inventory.Counters:input_type -> larder.master.v1.CountersRequest
-	34, // 52: larder.master.v1.Inventory.Held:input_type -> larder.master.v1.HeldRequest
-	6,  // 53: larder.master.v1.Master.RegisterWorker:output_type -> larder.master.v1.RegisterWorkerResponse
-	8,  // 54: larder.master.v1.Master.Heartbeat:output_type -> larder.master.v1.HeartbeatResponse
-	10, // 55: larder.master.v1.Master.ListWorkers:output_type -> larder.master.v1.ListWorkersResponse
-	11, // 56: larder.master.v1.Master.CreateVolume:output_type -> larder.master.v1.Volume
-	14, // 57: larder.master.v1.Master.DeleteVolume:output_type -> larder.master.v1.DeleteVolumeResponse
-	11, // 58: larder.master.v1.Master.GetVolume:output_type -> larder.master.v1.Volume
-	17, // 59: larder.master.v1.Master.ListVolumes:output_type -> larder.master.v1.ListVolumesResponse
-	19, // 60: larder.master.v1.Master.GetCapacity:output_type -> larder.master.v1.Capacity
-	21, // 61: larder.master.v1.Master.PutMount:output_type -> larder.master.v1.PutMountResponse
-	26, // 62: larder.master.v1.Master.ListMounts:output_type -> larder.master.v1.ListMountsResponse
-	28, // 63: larder.master.v1.Master.DeleteMount:output_type -> larder.master.v1.DeleteMountResponse
-	23, // 64: larder.master.v1.Master.FollowMounts:output_type -> larder.master.v1.MountTable
-	24, // 65: larder.master.v1.Master.RestoreMounts:output_type -> larder.master.v1.RestoreMountsResponse
-	30, // 66: larder.master.v1.Master.Locate:output_type -> larder.master.v1.LocateResponse
-	39, // 67: larder.master.v1.Master.CreateJob:output_type -> larder.master.v1.Job
-	39, // 68: larder.master.v1.Master.GetJob:output_type -> larder.master.v1.Job
-	43, // 69: larder.master.v1.Master.ListJobs:output_type -> larder.master.v1.ListJobsResponse
-	45, // 70: larder.master.v1.Master.CancelJob:output_type -> larder.master.v1.CancelJobResponse
-	47, // 71: larder.master.v1.Master.Work:output_type -> larder.master.v1.WorkResponse
-	49, // 72: larder.master.v1.Master.ReportJob:output_type -> larder.master.v1.ReportJobResponse
-	37, // 73: larder.master.v1.Master.Status:output_type -> larder.master.v1.MasterStatus
-	33, // 74: larder.master.v1.Inventory.Counters:output_type -> larder.master.v1.WorkerCounters
-	35, // 75: larder.master.v1.Inventory.Held:output_type -> larder.master.v1.HeldResponse
-	53, // [53:76] is the sub-list for method output_type
-	30, // [30:53] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	38, // 22: larder.master.v1.VolumeDescription.nodes:type_name -> larder.master.v1.VolumeOnNode
+	2,  // 23: larder.master.v1.VolumeOnNode.pods:type_name -> larder.master.v1.Pod
+	40, // 24: larder.master.v1.VolumeOnNode.volume:type_name -> larder.master.v1.MountedVolume
+	58, // 25: larder.master.v1.MountedVolume.parameters:type_name -> larder.master.v1.MountedVolume.ParametersEntry
+	59, // 26: larder.master.v1.MountedVolume.mounted:type_name -> google.protobuf.Timestamp
+	59, // 27: larder.master.v1.MountedVolume.counted:type_name -> google.protobuf.Timestamp
+	59, // 28: larder.master.v1.MasterStatus.started:type_name -> google.protobuf.Timestamp
+	59, // 29: larder.master.v1.Job.created:type_name -> google.protobuf.Timestamp
+	45, // 30: larder.master.v1.Job.nodes:type_name -> larder.master.v1.JobNode
+	59, // 31: larder.master.v1.JobNode.started:type_name -> google.protobuf.Timestamp
+	59, // 32: larder.master.v1.JobNode.updated:type_name -> google.protobuf.Timestamp
+	44, // 33: larder.master.v1.ListJobsResponse.jobs:type_name -> larder.master.v1.Job
+	44, // 34: larder.master.v1.WorkResponse.jobs:type_name -> larder.master.v1.Job
+	45, // 35: larder.master.v1.ReportJobRequest.node:type_name -> larder.master.v1.JobNode
+	5,  // 36: larder.master.v1.Master.RegisterWorker:input_type -> larder.master.v1.RegisterWorkerRequest
+	7,  // 37: larder.master.v1.Master.Heartbeat:input_type -> larder.master.v1.HeartbeatRequest
+	9,  // 38: larder.master.v1.Master.ListWorkers:input_type -> larder.master.v1.ListWorkersRequest
+	12, // 39: larder.master.v1.Master.CreateVolume:input_type -> larder.master.v1.CreateVolumeRequest
+	13, // 40: larder.master.v1.Master.DeleteVolume:input_type -> larder.master.v1.DeleteVolumeRequest
+	15, // 41: larder.master.v1.Master.GetVolume:input_type -> larder.master.v1.GetVolumeRequest
+	16, // 42: larder.master.v1.Master.ListVolumes:input_type -> larder.master.v1.ListVolumesRequest
+	18, // 43: larder.master.v1.Master.GetCapacity:input_type -> larder.master.v1.GetCapacityRequest
+	20, // 44: larder.master.v1.Master.PutMount:input_type -> larder.master.v1.Mount
+	25, // 45: larder.master.v1.Master.ListMounts:input_type -> larder.master.v1.ListMountsRequest
+	27, // 46: larder.master.v1.Master.DeleteMount:input_type -> larder.master.v1.DeleteMountRequest
+	22, // 47: larder.master.v1.Master.FollowMounts:input_type -> larder.master.v1.FollowMountsRequest
+	23, // 48: larder.master.v1.Master.RestoreMounts:input_type -> larder.master.v1.MountTable
+	36, // 49: larder.master.v1.Master.DescribeVolume:input_type -> larder.master.v1.DescribeVolumeRequest
+	29, // 50: larder.master.v1.Master.Locate:input_type -> larder.master.v1.LocateRequest
+	43, // 51: larder.master.v1.Master.CreateJob:input_type -> larder.master.v1.CreateJobRequest
+	46, // 52: larder.master.v1.Master.GetJob:input_type -> larder.master.v1.GetJobRequest
+	47, // 53: larder.master.v1.Master.ListJobs:input_type -> larder.master.v1.ListJobsRequest
+	49, // 54: larder.master.v1.Master.CancelJob:input_type -> larder.master.v1.CancelJobRequest
+	51, // 55: larder.master.v1.Master.Work:input_type -> larder.master.v1.WorkRequest
+	53, // 56: larder.master.v1.Master.ReportJob:input_type -> larder.master.v1.ReportJobRequest
+	41, // 57: larder.master.v1.Master.Status:input_type -> larder.master.v1.StatusRequest
+	32, // 58: larder.master.v1.Inventory.Counters:input_type -> larder.master.v1.CountersRequest
+	34, // 59: larder.master.v1.Inventory.Held:input_type -> larder.master.v1.HeldRequest
+	39, // 60: larder.master.v1.Inventory.Volume:input_type -> larder.master.v1.MountedVolumeRequest
+	6,  // 61: larder.master.v1.Master.RegisterWorker:output_type -> larder.master.v1.RegisterWorkerResponse
+	8,  // 62: larder.master.v1.Master.Heartbeat:output_type -> larder.master.v1.HeartbeatResponse
+	10, // 63: larder.master.v1.Master.ListWorkers:output_type -> larder.master.v1.ListWorkersResponse
+	11, // 64: larder.master.v1.Master.CreateVolume:output_type -> larder.master.v1.Volume
+	14, // 65: larder.master.v1.Master.DeleteVolume:output_type -> larder.master.v1.DeleteVolumeResponse
+	11, // 66: larder.master.v1.Master.GetVolume:output_type -> larder.master.v1.Volume
+	17, // 67: larder.master.v1.Master.ListVolumes:output_type -> larder.master.v1.ListVolumesResponse
+	19, // 68: larder.master.v1.Master.GetCapacity:output_type -> larder.master.v1.Capacity
+	21, // 69: larder.master.v1.Master.PutMount:output_type -> larder.master.v1.PutMountResponse
+	26, // 70: larder.master.v1.Master.ListMounts:output_type -> larder.master.v1.ListMountsResponse
+	28, // 71: larder.master.v1.Master.DeleteMount:output_type -> larder.master.v1.DeleteMountResponse
+	23, // 72: larder.master.v1.Master.FollowMounts:output_type -> larder.master.v1.MountTable
+	24, // 73: larder.master.v1.Master.RestoreMounts:output_type -> larder.master.v1.RestoreMountsResponse
+	37, // 74: larder.master.v1.Master.DescribeVolume:output_type -> larder.master.v1.VolumeDescription
+	30, // 75: larder.master.v1.Master.Locate:output_type -> larder.master.v1.LocateResponse
+	44, // 76: larder.master.v1.Master.CreateJob:output_type -> larder.master.v1.Job
+	44, // 77: larder.master.v1.Master.GetJob:output_type -> larder.master.v1.Job
+	48, // 78: larder.master.v1.Master.ListJobs:output_type -> larder.master.v1.ListJobsResponse
+	50, // 79: larder.master.v1.Master.CancelJob:output_type -> larder.master.v1.CancelJobResponse
+	52, // 80: larder.master.v1.Master.Work:output_type -> larder.master.v1.WorkResponse
+	54, // 81: larder.master.v1.Master.ReportJob:output_type -> larder.master.v1.ReportJobResponse
+	42, // 82: larder.master.v1.Master.Status:output_type -> larder.master.v1.MasterStatus
+	33, // 83: larder.master.v1.Inventory.Counters:output_type -> larder.master.v1.WorkerCounters
+	35, // 84: larder.master.v1.Inventory.Held:output_type -> larder.master.v1.HeldResponse
+	40, // 85: larder.master.v1.Inventory.Volume:output_type -> larder.master.v1.MountedVolume
+	61, // [61:86] is the sub-list for method output_type
+	36, // [36:61] is the sub-list for method input_type
+	36, // [36:36] is the sub-list for extension type_name
+	36, // [36:36] is the sub-list for extension extendee
+	0,  // [0:36] is the sub-list for field type_name
 }
 
 func init() { file_master_masterpb_master_proto_init() }
@@ -3417,7 +3878,7 @@ func file_master_masterpb_master_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_master_masterpb_master_proto_rawDesc), len(file_master_masterpb_master_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   53,
+			NumMessages:   59,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

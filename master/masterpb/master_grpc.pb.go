@@ -35,6 +35,7 @@ const (
 	Master_DeleteMount_FullMethodName    = "/larder.master.v1.Master/DeleteMount"
 	Master_FollowMounts_FullMethodName   = "/larder.master.v1.Master/FollowMounts"
 	Master_RestoreMounts_FullMethodName  = "/larder.master.v1.Master/RestoreMounts"
+	Master_DescribeVolume_FullMethodName = "/larder.master.v1.Master/DescribeVolume"
 	Master_Locate_FullMethodName         = "/larder.master.v1.Master/Locate"
 	Master_CreateJob_FullMethodName      = "/larder.master.v1.Master/CreateJob"
 	Master_GetJob_FullMethodName         = "/larder.master.v1.Master/GetJob"
@@ -81,6 +82,9 @@ type MasterClient interface {
 	// RestoreMounts gives a master that never had a mount table the one that a worker was told
 	// before. To any other it is FAILED_PRECONDITION.
 	RestoreMounts(ctx context.Context, in *MountTable, opts ...grpc.CallOption) (*RestoreMountsResponse, error)
+	// DescribeVolume asks the workers of the nodes where a volume is mounted about it; none for an id that nobody has.
+	// One that does not answer in time is listed as such.
+	DescribeVolume(ctx context.Context, in *DescribeVolumeRequest, opts ...grpc.CallOption) (*VolumeDescription, error)
 	// Locate asks all workers what they have cached of an under-store URI. One that does not answer
 	// in time is listed as such.
 	Locate(ctx context.Context, in *LocateRequest, opts ...grpc.CallOption) (*LocateResponse, error)
@@ -244,6 +248,16 @@ func (c *masterClient) RestoreMounts(ctx context.Context, in *MountTable, opts .
 	return out, nil
 }
 
+func (c *masterClient) DescribeVolume(ctx context.Context, in *DescribeVolumeRequest, opts ...grpc.CallOption) (*VolumeDescription, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(VolumeDescription)
+	err := c.cc.Invoke(ctx, Master_DescribeVolume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *masterClient) Locate(ctx context.Context, in *LocateRequest, opts ...grpc.CallOption) (*LocateResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(LocateResponse)
@@ -360,6 +374,9 @@ type MasterServer interface {
 	// RestoreMounts gives a master that never had a mount table the one that a worker was told
 	// before. To any other it is FAILED_PRECONDITION.
 	RestoreMounts(context.Context, *MountTable) (*RestoreMountsResponse, error)
+	// DescribeVolume asks the workers of the nodes where a volume is mounted about it; none for an id that nobody has.
+	// One that does not answer in time is listed as such.
+	DescribeVolume(context.Context, *DescribeVolumeRequest) (*VolumeDescription, error)
 	// Locate asks all workers what they have cached of an under-store URI. One that does not answer
 	// in time is listed as such.
 	Locate(context.Context, *LocateRequest) (*LocateResponse, error)
@@ -422,6 +439,9 @@ func (UnimplementedMasterServer) FollowMounts(*FollowMountsRequest, grpc.ServerS
 }
 func (UnimplementedMasterServer) RestoreMounts(context.Context, *MountTable) (*RestoreMountsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RestoreMounts not implemented")
+}
+func (UnimplementedMasterServer) DescribeVolume(context.Context, *DescribeVolumeRequest) (*VolumeDescription, error) {
+	return nil, status.Error(codes.Unimplemented, "method DescribeVolume not implemented")
 }
 func (UnimplementedMasterServer) Locate(context.Context, *LocateRequest) (*LocateResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Locate not implemented")
@@ -695,6 +715,24 @@ func _Master_RestoreMounts_Handler(srv interface{}, ctx context.Context, dec fun
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Master_DescribeVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DescribeVolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MasterServer).DescribeVolume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Master_DescribeVolume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MasterServer).DescribeVolume(ctx, req.(*DescribeVolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Master_Locate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(LocateRequest)
 	if err := dec(in); err != nil {
@@ -895,6 +933,10 @@ var Master_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Master_RestoreMounts_Handler,
 		},
 		{
+			MethodName: "DescribeVolume",
+			Handler:    _Master_DescribeVolume_Handler,
+		},
+		{
 			MethodName: "Locate",
 			Handler:    _Master_Locate_Handler,
 		},
@@ -940,6 +982,7 @@ var Master_ServiceDesc = grpc.ServiceDesc{
 const (
 	Inventory_Counters_FullMethodName = "/larder.master.v1.Inventory/Counters"
 	Inventory_Held_FullMethodName     = "/larder.master.v1.Inventory/Held"
+	Inventory_Volume_FullMethodName   = "/larder.master.v1.Inventory/Volume"
 )
 
 // InventoryClient is the client API for Inventory service.
@@ -947,12 +990,14 @@ const (
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
 // Inventory is what a worker answers to a master, over TCP, at the first of its addresses: sums
-// and counters, of which none names an object, a key or a credential. Requests carry the key of the
+// and counters, of which none names an object, a key or a credential, and what one volume is. Requests carry the key of the
 // worker's registration ("authorization: Bearer …"); UNAUTHENTICATED without it.
 type InventoryClient interface {
 	Counters(ctx context.Context, in *CountersRequest, opts ...grpc.CallOption) (*WorkerCounters, error)
 	// Held sums up what is cached under a URI that the asker has to know.
 	Held(ctx context.Context, in *HeldRequest, opts ...grpc.CallOption) (*HeldResponse, error)
+	// Volume tells of a volume that is mounted on the node, which the asker has to know; NOT_FOUND for any other.
+	Volume(ctx context.Context, in *MountedVolumeRequest, opts ...grpc.CallOption) (*MountedVolume, error)
 }
 
 type inventoryClient struct {
@@ -983,17 +1028,29 @@ func (c *inventoryClient) Held(ctx context.Context, in *HeldRequest, opts ...grp
 	return out, nil
 }
 
+func (c *inventoryClient) Volume(ctx context.Context, in *MountedVolumeRequest, opts ...grpc.CallOption) (*MountedVolume, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(MountedVolume)
+	err := c.cc.Invoke(ctx, Inventory_Volume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // InventoryServer is the server API for Inventory service.
 // All implementations must embed UnimplementedInventoryServer
 // for forward compatibility.
 //
 // Inventory is what a worker answers to a master, over TCP, at the first of its addresses: sums
-// and counters, of which none names an object, a key or a credential. Requests carry the key of the
+// and counters, of which none names an object, a key or a credential, and what one volume is. Requests carry the key of the
 // worker's registration ("authorization: Bearer …"); UNAUTHENTICATED without it.
 type InventoryServer interface {
 	Counters(context.Context, *CountersRequest) (*WorkerCounters, error)
 	// Held sums up what is cached under a URI that the asker has to know.
 	Held(context.Context, *HeldRequest) (*HeldResponse, error)
+	// Volume tells of a volume that is mounted on the node, which the asker has to know; NOT_FOUND for any other.
+	Volume(context.Context, *MountedVolumeRequest) (*MountedVolume, error)
 	mustEmbedUnimplementedInventoryServer()
 }
 
@@ -1009,6 +1066,9 @@ func (UnimplementedInventoryServer) Counters(context.Context, *CountersRequest) 
 }
 func (UnimplementedInventoryServer) Held(context.Context, *HeldRequest) (*HeldResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Held not implemented")
+}
+func (UnimplementedInventoryServer) Volume(context.Context, *MountedVolumeRequest) (*MountedVolume, error) {
+	return nil, status.Error(codes.Unimplemented, "method Volume not implemented")
 }
 func (UnimplementedInventoryServer) mustEmbedUnimplementedInventoryServer() {}
 func (UnimplementedInventoryServer) testEmbeddedByValue()                   {}
@@ -1067,6 +1127,24 @@ func _Inventory_Held_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Inventory_Volume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(MountedVolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(InventoryServer).Volume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Inventory_Volume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(InventoryServer).Volume(ctx, req.(*MountedVolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Inventory_ServiceDesc is the grpc.ServiceDesc for Inventory service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1081,6 +1159,10 @@ var Inventory_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Held",
 			Handler:    _Inventory_Held_Handler,
+		},
+		{
+			MethodName: "Volume",
+			Handler:    _Inventory_Volume_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
