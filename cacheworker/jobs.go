@@ -453,10 +453,18 @@ func (j *jobs) eachCached(ctx context.Context, job client.Job, p *progress, do f
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
-			had := j.w.store.Peek(id).PresentBytes
-			if do(id) {
-				p.change(func(n *client.JobNode) { n.Files, n.Bytes = n.Files+1, n.Bytes+had })
+			had, tail := j.w.store.Peek(id), j.w.store.TailBytes(id)
+			if !do(id) {
+				continue
 			}
+			p.change(func(n *client.JobNode) {
+				if n.Bytes += had.PresentBytes; job.Kind == record.Free {
+					n.Bytes += tail
+				}
+				if had.Exists { // else there was but the tail
+					n.Files++
+				}
+			})
 		}
 	}
 	return nil

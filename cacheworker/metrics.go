@@ -34,6 +34,7 @@ var Metrics = []telemetry.Metric{
 	{Name: "larder_cache_rejected_total", Help: "Objects and chunks for which the cache had no room."},
 	{Name: "larder_cache_evictions_total", Help: "Objects evicted."},
 	{Name: "larder_cache_evicted_bytes_total", Help: "Bytes of chunks evicted."},
+	{Name: "larder_cache_expired_bytes_total", Help: "Bytes of those that were freed because the ttl of a mount had ended."},
 
 	{Name: "larder_tier_capacity_bytes", Help: "Bytes that a tier may use; tiers are numbered as they are given.", Labels: tierLabels},
 	{Name: "larder_tier_disk_bytes", Help: "Bytes of its file system that it takes, as larder_cache_disk_bytes.", Labels: tierLabels},
@@ -133,6 +134,7 @@ func (w *Worker) collectCache(s telemetry.Scrape) {
 		"larder_cache_unverified_bytes": st.UnverifiedBytes, "larder_cache_scrubbed_bytes_total": st.ScrubbedBytes,
 		"larder_cache_bad_chunks_total": st.BadChunks, "larder_cache_errors_total": st.PutErrors, "larder_cache_rejected_total": st.Rejected,
 		"larder_cache_evictions_total": st.Evictions, "larder_cache_evicted_bytes_total": st.EvictedBytes,
+		"larder_cache_expired_bytes_total": w.expired.Load(),
 	} {
 		s.Set(name, float64(v))
 	}

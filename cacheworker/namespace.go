@@ -27,7 +27,8 @@ import (
 // mountTable is the namespace as the master told last. It is kept beside the cache, for a worker that
 // starts while there is no master.
 type mountTable struct {
-	file string // "" keeps none
+	file    string        // "" keeps none
+	changed chan struct{} // has a place; has what was told looked at
 
 	mu    sync.Mutex // guards the fields below; held across writes of the file
 	table client.Table
@@ -121,6 +122,10 @@ func (w *Worker) mounted(t client.Table) {
 	}
 	w.log.Info("mount table", "mounts", len(t.Mounts))
 	w.mounts.reopen()
+	select {
+	case w.namespace.changed <- struct{}{}:
+	default:
+	}
 }
 
 // credentialsEvery is how often files with credentials are looked at.
@@ -198,7 +203,7 @@ func (c control) Mounted(_ context.Context, req *workerpb.MountedRequest) (*work
 
 // newMountTable reads what an earlier worker was told.
 func (w *Worker) newMountTable() *mountTable {
-	t := &mountTable{file: filepath.Join(w.store.Home(), mountsFile)}
+	t := &mountTable{file: filepath.Join(w.store.Home(), mountsFile), changed: make(chan struct{}, 1)}
 	if err := t.load(); err != nil {
 		w.log.Warn("what was mounted is not known until the master tells", "err", err)
 	}

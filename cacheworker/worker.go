@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -159,6 +160,7 @@ type Worker struct {
 	mounts   *mounts
 
 	namespace *mountTable
+	expired   atomic.Int64 // bytes that were freed because their mount's ttl had ended
 	network   network
 	users     *users
 	handover
@@ -241,7 +243,7 @@ func (w *Worker) run(ctx context.Context) (err error) {
 		return errors.Join(err, control.Close())
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	w.beside(ctx, g, w.serveMetrics, w.serveProfiles, w.reportToMaster, w.serveNetwork, w.workForMaster, w.followMounts)
+	w.beside(ctx, g, w.serveMetrics, w.serveProfiles, w.reportToMaster, w.serveNetwork, w.workForMaster, w.followMounts, w.expire)
 	if w.cfg.Alone != nil {
 		g.Go(func() error { return w.serveAlone(ctx) })
 	} else {

@@ -1,6 +1,8 @@
 package sanity
 
 import (
+	"encoding/json"
+	"errors"
 	"fmt"
 	"os/exec"
 	"strings"
@@ -95,6 +97,47 @@ func TestVolumesOfTheNamespace(t *testing.T) {
 	_, again := publishSoon(t, s, other)
 	if out := mustShell(t, "cat "+again+"/g"); out != "of b" {
 		t.Errorf("%q", out)
+	}
+}
+
+// Bytes go when their mount's ttl has ended, whoever reads them; what is open is read to its end.
+func TestAMountHasATTL(t *testing.T) {
+	store := s3test.Start(t)
+	big := pattern(3<<20, 7)
+	put(t, store, map[string][]byte{"a/f": []byte("of a"), "a/big": big, "b/g": []byte("of b")})
+	t.Setenv("TESTROOT_AWS_ACCESS_KEY_ID", store.AccessKey)
+	t.Setenv("TESTROOT_AWS_SECRET_ACCESS_KEY", store.SecretKey)
+	s := up(t)
+	mountCLI(t, s, "add", "/a", "s3://"+store.Bucket+"/a", "--option", "endpoint="+store.Endpoint+",region="+store.Region, "--credential", "env:TESTROOT_")
+	_, target := publishSoon(t, s, stack.PublishInput{Name: "v", Parameters: map[string]string{"path": "/a", "layout": "data"}})
+	_, other := publish(t, s.Kubelet, bucket(store, "w", "b", "layout", "data"))
+	cached := func(uri string) (n int64) {
+		t.Helper()
+		out, err := exec.CommandContext(t.Context(), s.Binary, "locate", uri, "-o", "json", "--dir", s.Dir()).Output()
+		var l located
+		if err := errors.Join(err, json.Unmarshal(out, &l)); err != nil {
+			t.Fatalf("locate: %v: %s", err, out)
+		}
+		return l.CachedBytes
+	}
+	uri := "s3://" + store.Bucket
+	mustShell(t, fmt.Sprintf("cat %s/f %s/big %s/g > /dev/null", target, target, other))
+	eventually(t, "all is cached", func() bool { return cached(uri) == int64(len(big)+8) })
+	reader := open(t, target+"/big")
+	mountCLI(t, s, "set", "/a", "--option", "ttl=1s")
+	eventually(t, "what the mount leads to is freed", func() bool { return cached(uri+"/a") == 0 })
+	if n := cached(uri); n != 4 {
+		t.Errorf("%d bytes are left; want those of another folder", n)
+	}
+	if got, err := reader.read(); err != nil || !strings.HasPrefix(got, sum(big)) {
+		t.Errorf("a file that was open: %q, %v", got, err)
+	}
+	store.ResetCounts()
+	mountCLI(t, s, "set", "/a", "--option", "ttl=")                                        // taken away
+	mustShell(t, fmt.Sprintf("dd if=%s/f iflag=direct bs=4096 of=/dev/null 2>&1", target)) // past the page cache
+	eventually(t, "it is cached again", func() bool { return cached(uri+"/a") >= 4 })
+	if store.Counts().Get == 0 {
+		t.Error("what was freed was not fetched again")
 	}
 }
 

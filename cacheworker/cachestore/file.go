@@ -44,7 +44,8 @@ type File struct {
 	obj    object.Object
 	e      *entry
 	file   *file
-	asked  uint8 // see Asked
+	asked  uint8     // see Asked
+	since  time.Time // something of the object is cached elsewhere, from where it comes; zero for nowhere
 	closed atomic.Bool
 }
 
@@ -234,9 +235,15 @@ func (s *Store) recordEmpty(f *File) {
 	s.mu.Lock()
 	f.e.indexed = true
 	s.mu.Unlock()
-	s.index.writeLazily(func(b *pebble.Batch) error {
-		return b.Set(objectKey(f.e.Key, f.e.nonce), encodeObject(f.obj, f.e.tail), nil)
-	})
+	s.index.writeLazily(f.recordObject)
+}
+
+func (f *File) recordObject(b *pebble.Batch) error {
+	since := f.since
+	if since.IsZero() {
+		since = time.Now()
+	}
+	return errors.Join(b.Set(objectKey(f.e.Key, f.e.nonce), encodeObject(f.obj, f.e.tail), nil), b.Set(sinceKey(f.e.Key, f.e.nonce), encodeSince(since), nil))
 }
 
 // Object is what the file caches.
@@ -464,7 +471,7 @@ func (f *File) record(i int, sum uint64) error {
 	s.mu.Unlock()
 	return s.index.write(func(b *pebble.Batch) error {
 		if first {
-			if err := b.Set(objectKey(e.Key, e.nonce), encodeObject(f.obj, e.tail), nil); err != nil {
+			if err := f.recordObject(b); err != nil {
 				return err
 			}
 		}

@@ -23,6 +23,7 @@ import (
 //
 //	0 m <name>                              of the index itself
 //	1 <id 16> <nonce 8> 0                   the object: store, key, version, size, mtime, and 1 if only its tail
+//	1 <id 16> <nonce 8> 0 s                 unix seconds since when some of it is cached, in whatever tier
 //	1 <id 16> <nonce 8> 1 <chunk 4>         xxhash64 of a chunk, epoch in which it was known to be good
 //	1 <id 16> <nonce 8> 2 <principal 16>    unix seconds of a grant
 //	1 <id 16> <nonce 8> 3                   the object is pinned
@@ -57,6 +58,24 @@ func filePrefix(id object.ID, nonce uint64) []byte {
 
 func objectKey(id object.ID, nonce uint64) []byte {
 	return append(filePrefix(id, nonce), kindObject)
+}
+
+// sinceKey is behind the object's, and passed over by workers that do not know it.
+func sinceKey(id object.ID, nonce uint64) []byte {
+	return append(filePrefix(id, nonce), kindObject, 's')
+}
+
+func isSince(k []byte) bool {
+	return len(k) == filePrefixLen+2 && k[filePrefixLen] == kindObject && k[filePrefixLen+1] == 's'
+}
+
+func encodeSince(t time.Time) []byte { return binary.BigEndian.AppendUint64(nil, uint64(t.Unix())) }
+
+func decodeSince(v []byte) (t time.Time, ok bool) {
+	if len(v) != 8 {
+		return t, false
+	}
+	return time.Unix(int64(binary.BigEndian.Uint64(v)), 0), true
 }
 
 func chunkKey(id object.ID, nonce uint64, i int) []byte {

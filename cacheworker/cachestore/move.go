@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/cespare/xxhash/v2"
+	"github.com/cockroachdb/pebble/v2"
 
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/cacheworker/policy"
@@ -133,6 +134,19 @@ func (m *Move) Chunk(i int, buf []byte) ([]byte, error) {
 	return b, nil
 }
 
+// Since is since when something of the object is cached, in whatever tier.
+func (m *Move) Since() time.Time { return m.s.since(m.e) }
+
+// since is now for what is not recorded yet.
+func (s *Store) since(e *entry) time.Time {
+	v, err := s.index.get(sinceKey(e.Key, e.nonce))
+	o := objectRecord{}
+	if err == nil {
+		o.since, _ = decodeSince(v)
+	}
+	return s.sinceOf(e.Key, e.nonce, o)
+}
+
 // Grants are those that hold now.
 func (m *Move) Grants() (all []Grant) {
 	s := m.File.s
@@ -201,12 +215,18 @@ func (m *Move) drop() bool {
 	return true
 }
 
-// Receive opens the file of an object that is copied here from another tier, where it was asked for again so often. What can be
-// had elsewhere no longer counts as such.
-func (s *Store) Receive(obj object.Object, asked uint8) (*File, error) {
+// Receive opens the file of an object that is copied here from another tier, where it was asked for again so often, and is cached
+// since then. What can be had elsewhere no longer counts as such.
+func (s *Store) Receive(obj object.Object, asked uint8, since time.Time) (*File, error) {
 	f, err := s.openAs(obj, receiving)
 	if err != nil {
 		return nil, err
+	}
+	if f.since = since; s.since(f.e).After(since) {
+		err := s.index.write(func(b *pebble.Batch) error { return b.Set(sinceKey(f.e.Key, f.e.nonce), encodeSince(since), nil) })
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("%w: %w", object.ErrNoSpace, err), f.Close())
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

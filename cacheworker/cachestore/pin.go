@@ -64,6 +64,15 @@ func (s *Store) unpin(id object.ID) *entry {
 	return e
 }
 
+// Pinned reports whether the object is.
+func (s *Store) Pinned(id object.ID) bool {
+	s.ensure(id)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := s.entries[id]
+	return e != nil && e.pinned
+}
+
 // mayPin requires s.mu.
 func (s *Store) mayPin(e *entry) bool {
 	return s.pinned+e.wholeOnDisk() <= s.cfg.CapacityBytes/pinShare

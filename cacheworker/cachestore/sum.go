@@ -1,11 +1,14 @@
 package cachestore
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"fmt"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/larderfs/larder/cacheworker/object"
 )
@@ -22,7 +25,7 @@ type Sum struct {
 // which of its keys are, or nil for none; keys are not to be kept. Of these, counts says which objects count. Keys are in the
 // index only, so this is one pass over that: not for the path of a read.
 func (s *Store) Sum(ctx context.Context, want func(object.Store) func(key []byte) bool, counts func(object.ID) bool) (sum Sum, err error) {
-	stores, err := s.eachWanted(ctx, want, func(id object.ID, nonce uint64) {
+	stores, err := s.eachWanted(ctx, want, func(id object.ID, nonce uint64, _ objectRecord) {
 		if counts(id) {
 			s.addTo(&sum, id, nonce)
 		}
@@ -34,16 +37,51 @@ func (s *Store) Sum(ctx context.Context, want func(object.Store) func(key []byte
 	return sum, nil
 }
 
-// IDs are the cached objects that are wanted, as for [Store.Sum].
+// IDs are the objects that are wanted, as for [Store.Sum], and have a cache file or a tail; those with both are there twice.
 func (s *Store) IDs(ctx context.Context, want func(object.Store) func(key []byte) bool) (ids []object.ID, err error) {
-	if _, err := s.eachWanted(ctx, want, func(id object.ID, _ uint64) { ids = append(ids, id) }); err != nil {
+	if _, err := s.eachWanted(ctx, want, func(id object.ID, _ uint64, o objectRecord) { ids = append(ids, o.of(id)) }); err != nil {
 		return nil, fmt.Errorf("look the cache through: %w", err)
 	}
 	return ids, nil
 }
 
+// Older are the objects of which something has been cached for longer than limit says of their store and key: since before
+// that time, of which the zero one stands for any. As with IDs some are there twice.
+func (s *Store) Older(ctx context.Context, limit func(object.Store) func(key []byte) time.Time) (ids []object.ID, err error) {
+	var before time.Time // of the key that was wanted last
+	want := func(o object.Store) func([]byte) bool {
+		of := limit(o)
+		if of == nil {
+			return nil
+		}
+		return func(key []byte) bool { before = of(key); return !before.IsZero() }
+	}
+	_, err = s.eachWanted(ctx, want, func(id object.ID, nonce uint64, o objectRecord) {
+		if s.sinceOf(id, nonce, o).Before(before) {
+			ids = append(ids, o.of(id))
+		}
+	})
+	if err != nil {
+		return nil, fmt.Errorf("look for what is too old: %w", err)
+	}
+	return ids, nil
+}
+
+// sinceOf is since when something of an object is cached. A release that did not note that has left the time of the last
+// write; what is not known is now.
+func (s *Store) sinceOf(id object.ID, nonce uint64, o objectRecord) time.Time {
+	if !o.since.IsZero() {
+		return o.since
+	}
+	var st unix.Stat_t
+	if err := unix.Fstatat(s.dir.fd(), objectPath(id, nonce), &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return time.Now()
+	}
+	return time.Unix(st.Mtim.Unix())
+}
+
 // eachWanted calls f for each object's record that is wanted, and counts the stores that were looked into.
-func (s *Store) eachWanted(ctx context.Context, want func(object.Store) func(key []byte) bool, f func(object.ID, uint64)) (stores int64, err error) {
+func (s *Store) eachWanted(ctx context.Context, want func(object.Store) func(key []byte) bool, f func(object.ID, uint64, objectRecord)) (stores int64, err error) {
 	select {
 	case <-s.load.done: // before, s.entries does not tell what is present
 	case <-ctx.Done():
@@ -63,7 +101,7 @@ func (s *Store) eachWanted(ctx context.Context, want func(object.Store) func(key
 			}
 		}
 		if is != nil && is(o.key) {
-			f(id, nonce)
+			f(id, nonce, o)
 		}
 	})
 	return stores, err
@@ -88,10 +126,21 @@ func (s *Store) addTo(sum *Sum, id object.ID, nonce uint64) {
 type objectRecord struct {
 	store, key []byte
 	sizeBytes  int64
+	tail       bool
+	since      time.Time // something of it is cached; zero if it was not noted
+}
+
+// of is the object's id, given that of the record.
+func (o objectRecord) of(id object.ID) object.ID {
+	if o.tail {
+		return tailID(id)
+	}
+	return id
 }
 
 // eachObject calls f for each object's record. It ends with ctx, and with the index.
 func (x *index) eachObject(ctx context.Context, f func(object.ID, uint64, objectRecord)) error {
+	var text []byte
 	return x.iterate(ctx, []byte{spaceFile}, []byte{spaceFile + 1}, func(it *pebble.Iterator) error {
 		k := it.Key()
 		isObject := len(k) == filePrefixLen+1 && k[filePrefixLen] == kindObject
@@ -103,14 +152,21 @@ func (x *index) eachObject(ctx context.Context, f func(object.ID, uint64, object
 		if err != nil {
 			return err
 		}
-		o, ok := readObject(v)
+		text = append(text[:0], v...) // the iterator goes on
+		var file [filePrefixLen]byte
+		copy(file[:], k)
+		o, ok := readObject(text)
+		if it.Next() && isSince(it.Key()) && bytes.HasPrefix(it.Key(), file[:]) {
+			if v, err = it.ValueAndErr(); err != nil {
+				return err
+			}
+			o.since, _ = decodeSince(v)
+		}
 		if ok {
-			f(object.ID(k[1:17]), binary.BigEndian.Uint64(k[17:]), o)
+			f(object.ID(file[1:17]), binary.BigEndian.Uint64(file[17:]), o)
 		}
 		if o.sizeBytes > manyChunks*object.ChunkSize {
-			it.SeekGE(after(k[:filePrefixLen]))
-		} else {
-			it.Next()
+			it.SeekGE(after(file[:]))
 		}
 		return nil
 	})
@@ -131,12 +187,12 @@ const manyChunks = 64
 
 // readObject is decodeObject with the key.
 func readObject(v []byte) (o objectRecord, ok bool) {
-	store, size, _, ok := decodeObject(v)
+	store, size, tail, ok := decodeObject(v)
 	if !ok {
 		return o, false
 	}
 	n, w := binary.Uvarint(v)
 	v = v[w+int(n):]
 	n, w = binary.Uvarint(v)
-	return objectRecord{store, v[w : w+int(n)], size}, true
+	return objectRecord{store: store, key: v[w : w+int(n)], sizeBytes: size, tail: tail}, true
 }

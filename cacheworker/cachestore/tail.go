@@ -3,6 +3,7 @@ package cachestore
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/larderfs/larder/cacheworker/object"
 )
@@ -29,6 +30,7 @@ func (s *Store) KeepTail(obj object.Object, last []byte) error {
 	if err != nil {
 		return fmt.Errorf("keep the tail of %v: %w", obj, err)
 	}
+	f.since = s.sinceObject(obj.ID())
 	if f.e.size != int64(len(last)) { // of another length
 		return f.Close()
 	}
@@ -44,6 +46,21 @@ func (s *Store) KeepTail(obj object.Object, last []byte) error {
 	s.shareGrants(obj.ID(), id)
 	return nil
 }
+
+// sinceObject is the zero time for an object of which nothing is cached.
+func (s *Store) sinceObject(id object.ID) (since time.Time) {
+	s.ensure(id)
+	s.mu.Lock()
+	e := s.entries[id]
+	s.mu.Unlock()
+	if e != nil {
+		since = s.since(e)
+	}
+	return since
+}
+
+// EvictTail takes the object's tail away. It reports whether there was one.
+func (s *Store) EvictTail(id object.ID) bool { return s.evict(tailID(id)) }
 
 func tailOf(obj object.Object, bytes int64) object.Object {
 	obj.Size = bytes

@@ -200,7 +200,7 @@ var (
 // copy brings what a file has, and who may read it, into another tier. Requires c.moving.
 func (c *Cache) copy(ctx context.Context, m *cachestore.Move, to int) error {
 	obj, t := m.Object(), c.tiers[to]
-	dst, err := t.Receive(obj, m.Asked())
+	dst, err := t.Receive(obj, m.Asked(), m.Since())
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@
 package tiers
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -377,10 +378,11 @@ func (c *Cache) Revoke(p object.Principal, store object.Store) {
 	}
 }
 
-// Evict takes an object's files away now, pinned or not; open ones are read on. It reports whether there was one.
+// Evict takes an object's files and its tail away now, pinned or not; open ones are read on. It reports whether there was one.
 func (c *Cache) Evict(id object.ID) (had bool) {
 	for _, t := range c.tiers {
 		had = t.Evict(id) || had
+		had = t.EvictTail(id) || had
 	}
 	return had
 }
@@ -437,20 +439,30 @@ func (c *Cache) Sum(ctx context.Context, want func(object.Store) func(key []byte
 	return sum, nil
 }
 
-// IDs are the cached objects that are wanted, as for Sum.
-func (c *Cache) IDs(ctx context.Context, want func(object.Store) func(key []byte) bool) (ids []object.ID, err error) {
-	for i, t := range c.tiers {
-		part, err := t.IDs(ctx, want)
+// IDs are the objects that are wanted, as for Sum, and of which there is something, be it the tail; each once.
+func (c *Cache) IDs(ctx context.Context, want func(object.Store) func(key []byte) bool) ([]object.ID, error) {
+	return c.collect(func(t *tier) ([]object.ID, error) { return t.IDs(ctx, want) })
+}
+
+// Older are the objects of which something has been cached for longer than limit says, in whatever tier, as for
+// [cachestore.Store.Older]; each once, and none that is pinned.
+func (c *Cache) Older(ctx context.Context, limit func(object.Store) func(key []byte) time.Time) ([]object.ID, error) {
+	ids, err := c.collect(func(t *tier) ([]object.ID, error) { return t.Older(ctx, limit) })
+	return slices.DeleteFunc(ids, func(id object.ID) bool {
+		return slices.ContainsFunc(c.tiers, func(t *tier) bool { return t.Pinned(id) })
+	}), err
+}
+
+func (c *Cache) collect(of func(*tier) ([]object.ID, error)) (ids []object.ID, err error) {
+	for _, t := range c.tiers {
+		part, err := of(t)
 		if err != nil {
 			return nil, err
 		}
-		for _, id := range part {
-			if c.best(id, 0) == i {
-				ids = append(ids, id)
-			}
-		}
+		ids = append(ids, part...)
 	}
-	return ids, nil
+	slices.SortFunc(ids, func(a, b object.ID) int { return bytes.Compare(a[:], b[:]) })
+	return slices.Compact(ids), nil
 }
 
 // Status is one tier's.

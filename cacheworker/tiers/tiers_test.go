@@ -342,6 +342,53 @@ func TestPinsAreInTheTierThatOutlivesTheMachine(t *testing.T) {
 	}
 }
 
+func TestWhatIsTooOldIsFoundInAllTiersAndGoesWithItsTail(t *testing.T) {
+	c := open(t, config(t, 16*unit, 64*unit))
+	long := time.Now().Add(-2 * time.Hour)
+	old, washed, pinned, young := obj("old", unit), obj("washed", unit), obj("pinned", unit), obj("young", unit)
+	for _, o := range []object.Object{old, washed, pinned} {
+		f, err := c.tiers[0].Receive(o, 0, long)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range o.Chunks() {
+			err = errors.Join(err, f.Put(i, content(o, i)))
+		}
+		if err := errors.Join(err, f.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	use(t, c, young)
+	if err := errors.Join(c.KeepTail(washed, make([]byte, 1000)), c.Pin(t.Context(), pinned.ID())); err != nil {
+		t.Fatal(err)
+	}
+	c.moving.Lock()
+	m := c.tiers[0].Copy(old.ID())
+	err := c.copy(t.Context(), m, 1)
+	c.moving.Unlock()
+	if err := errors.Join(err, m.Keep()); err != nil || !c.tiers[0].Evict(old.ID()) || !c.tiers[1].Peek(old.ID()).Complete {
+		t.Fatalf("it has not moved: %v", err)
+	}
+	for _, tier := range c.tiers {
+		tier.Evict(washed.ID())
+	}
+	ids, err := c.Older(t.Context(), func(object.Store) func([]byte) time.Time {
+		return func([]byte) time.Time { return time.Now().Add(-time.Hour) }
+	})
+	if err != nil || len(ids) != 2 || !slices.Contains(ids, old.ID()) || !slices.Contains(ids, washed.ID()) {
+		t.Errorf("too old are %v, %v; want %v and, by its tail, %v", ids, err, old.ID(), washed.ID())
+	}
+	if all, err := c.IDs(t.Context(), func(object.Store) func([]byte) bool {
+		return func([]byte) bool { return true }
+	}); err != nil || len(all) != 4 {
+		t.Errorf("%d objects, %v; want each of 4 once", len(all), err)
+	}
+	if c.TailBytes(washed.ID()) == 0 || !c.Evict(washed.ID()) || c.TailBytes(washed.ID()) != 0 || c.Evict(washed.ID()) {
+		t.Error("a tail outlives its object that was freed")
+	}
+	account(t, c)
+}
+
 func TestTiersComeAndGoAndTheWorkerStays(t *testing.T) {
 	cfg := config(t, 16*unit, 32*unit)
 	ssd, mem := cfg.Tiers[0], cfg.Tiers[1]

@@ -46,8 +46,9 @@ served from what is mounted there, and mounts below their path appear as folders
   larder mount add /sales s3://bucket/sales --credential secret:larder-system/sales-keys
   larder mount add /sales/archive s3://old-bucket --option region=eu-west-1 --read-only
   larder mount set /sales --allow-inline team-a,team-b
+  larder mount set /sales --option ttl=24h
 
-Workers follow every change, and no volume is mounted again for it.`,
+With a ttl whatever of an object is cached is freed so long after the first of it was, but what is pinned. Workers follow every change, and no volume is mounted again for it.`,
 	}
 	cmd.AddCommand(mountAddCommand(), mountSetCommand(), mountListCommand(), mountShowCommand(), mountMoveCommand(), mountRemoveCommand())
 	return cmd
@@ -61,7 +62,7 @@ type mountFlags struct {
 
 func (f *mountFlags) register(flags *pflag.FlagSet) {
 	flags.BoolVar(&f.m.ReadOnly, "read-only", false, "nothing is ever written to it, whatever a volume may")
-	flags.StringToStringVar(&f.options, "option", nil, "`name=value` of the store (repeated): endpoint, region, pathStyle")
+	flags.StringToStringVar(&f.options, "option", nil, "`name=value` (repeated): endpoint, region, pathStyle of the store; ttl, how long something may be cached (24h)")
 	flags.StringVar(&f.m.Credential, "credential", "", "`where` its credential is: secret:namespace/name, file:/path or env:PREFIX_ (of the workers); without one it is read with the volume's own")
 	flags.StringSliceVar(&f.m.AllowInline, "allow-inline", nil, "Kubernetes `namespaces` whose inline volumes may use it; * for all (default none)")
 	flags.StringSliceVar(&f.m.AllowClass, "allow-class", nil, "Kubernetes `namespaces` whose claims may use it; - for none (default all)")

@@ -1306,7 +1306,7 @@ type Mount struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`                                                                                 // absolute, clean; where in the namespace
 	Uri           string                 `protobuf:"bytes,2,opt,name=uri,proto3" json:"uri,omitempty"`                                                                                   // the under store: s3://bucket/prefix, …
-	Options       map[string]string      `protobuf:"bytes,3,rep,name=options,proto3" json:"options,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // endpoint, region, pathStyle
+	Options       map[string]string      `protobuf:"bytes,3,rep,name=options,proto3" json:"options,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // endpoint, region, pathStyle, ttl
 	ReadOnly      bool                   `protobuf:"varint,4,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
 	Credential    string                 `protobuf:"bytes,5,opt,name=credential,proto3" json:"credential,omitempty"`                      // where it is: secret:namespace/name, file:/path, env:PREFIX_; "" is the volume's own
 	AllowInline   []string               `protobuf:"bytes,6,rep,name=allow_inline,json=allowInline,proto3" json:"allow_inline,omitempty"` // Kubernetes namespaces whose inline volumes may use it; "*" is all; without any, none

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 )
@@ -46,8 +47,13 @@ const (
 	OptionPathStyle = "pathStyle"
 )
 
-// MountOptions are the names of all options.
-var MountOptions = []string{OptionEndpoint, OptionRegion, OptionPathStyle}
+// OptionTTL is how long something of an object may be cached before all of it is freed.
+const OptionTTL = "ttl"
+
+// MountOptions are the names of all options; those but the last are of s3:// stores.
+var MountOptions = []string{OptionEndpoint, OptionRegion, OptionPathStyle, OptionTTL}
+
+const minTTL = time.Second
 
 // Table is the mount table.
 type Table struct {
@@ -222,7 +228,7 @@ func (m Mount) Validate() error {
 	errs = append(errs, checkURI(m.URI))
 	for name, value := range m.Options {
 		errs = append(errs, checkOption(name, value))
-		if strings.HasPrefix(m.URI, "file://") && slices.Contains(MountOptions, name) {
+		if strings.HasPrefix(m.URI, "file://") && name != OptionTTL && slices.Contains(MountOptions, name) {
 			errs = append(errs, fmt.Errorf("option %s: only for s3:// stores", name))
 		}
 	}
@@ -314,6 +320,10 @@ func checkOption(name, value string) error {
 		if value != "true" && value != "false" {
 			return fmt.Errorf("option %s: want true or false", name)
 		}
+	case OptionTTL:
+		if d, err := time.ParseDuration(value); err != nil || d < minTTL {
+			return fmt.Errorf("option %s: want how long something may be cached, such as 24h or 30m (%v at least)", name, minTTL)
+		}
 	default:
 		return fmt.Errorf("option %.40q: not known; the options are %s", name, strings.Join(MountOptions, ", "))
 	}
@@ -386,6 +396,15 @@ func (m Mount) Allows(inline bool, namespace string) bool {
 		return !inline
 	}
 	return list[0] == AllNamespaces || namespace != "" && slices.Contains(list, namespace)
+}
+
+// TTL is how long something of an object may be cached before all of it is freed; 0 for as long as there is room.
+func (m Mount) TTL() time.Duration {
+	d, err := time.ParseDuration(m.Options[OptionTTL])
+	if err != nil || d < minTTL {
+		return 0
+	}
+	return d
 }
 
 // Equal reports whether both are the same in all fields.
