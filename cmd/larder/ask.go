@@ -64,7 +64,7 @@ func (o *output) flags(cmd *cobra.Command) {
 
 func (o *output) check() error {
 	if !slices.Contains([]string{"table", "json", "yaml"}, o.format) {
-		return fmt.Errorf("-o %q: want table, json or yaml", o.format)
+		return usageError{fmt.Errorf("-o %q: want table, json or yaml", o.format)}
 	}
 	return nil
 }

@@ -90,9 +90,9 @@ func (b *browse) ask(f func() error) error {
 	case err == nil:
 		return nil
 	case s.Code() == codes.Unavailable && strings.Contains(s.Message(), "connection error"):
-		return fmt.Errorf("ask the worker in %s: nobody answers; is larder up or larder worker running, and is this its --dir or --run-dir: %s", run, s.Message())
+		return callError{s.Code(), fmt.Sprintf("ask the worker in %s: nobody answers; is larder up or larder worker running, and is this its --dir or --run-dir: %s", run, s.Message())}
 	case s.Code() != codes.Unknown:
-		return errors.New(s.Message())
+		return callError{s.Code(), s.Message()}
 	}
 	return err
 }

@@ -103,6 +103,10 @@ func reference(t *testing.T) string {
 	}
 	errnos(&b)
 	errorCodes(&b)
+	b.WriteString("\n## What a command's exit code says\n\n| code | meaning |\n|---|---|\n| `0` | all went well |\n| `1` | it failed, or what was to be checked is wrong |\n")
+	for _, e := range exitCodes {
+		fmt.Fprintf(&b, "| `%d` | %s |\n", e.code, cell(e.meaning))
+	}
 	return b.String()
 }
 
@@ -110,7 +114,7 @@ func commands(b *strings.Builder, cmd *cobra.Command) {
 	if cmd.Hidden || cmd.Name() == "help" || cmd.Name() == "completion" {
 		return
 	}
-	if cmd.Runnable() {
+	if _, group := cmd.Annotations[onlyGroups]; cmd.Runnable() && !group {
 		fmt.Fprintf(b, "\n### `%s`\n\n%s.\n", cmd.UseLine(), strings.TrimSuffix(cmd.Short, "."))
 		flags(b, cmd)
 	}

@@ -24,11 +24,15 @@ func root() *cobra.Command {
 as one volume, at page-cache speed, with its own node's cache worker beside it.
 
 Try it on one machine:   larder up --dir /var/lib/larder
-See what it does:        larder status --dir /var/lib/larder`,
+See what it does:        larder status --dir /var/lib/larder
+
+The exit code is 0 if all went well, 2 if the command line is wrong, 3 if what was named is not there, 4 if it is
+not allowed as things are, 5 if nobody answers now, and else 1.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
 	cmd.AddCommand(upCommand(), masterCommand(), workerCommand(), csiCommand(), brokerCommand(), statusCommand(), locateCommand(), loadCommand(), freeCommand(), pinCommand(), unpinCommand(), jobCommand(), topCommand(), fsCommand(), mountCommand(), volumeCommand(), doctorCommand(), versionCommand())
+	tellUsage(cmd)
 	return cmd
 }
 
@@ -55,7 +59,7 @@ func service(use, short, long string, flags func(*pflag.FlagSet), run func(conte
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, lerr := p.logger(cmd.ErrOrStderr())
 			if err := errors.Join(p.readConfig(cmd.Flags()), checkFlags(cmd.Flags()), lerr); err != nil {
-				return err
+				return usageError{err}
 			}
 			ctx, cancel := context.WithCancel(cmd.Context())
 			defer cancel()
