@@ -75,17 +75,22 @@ func (s *Store) writeBack(e *entry) error {
 	if err == nil {
 		e.putsWritten = puts
 	}
-	e.busy--
-	if s.idle != nil {
-		close(s.idle)
-		s.idle = nil
-	}
+	s.isIdle(e)
 	s.mu.Unlock()
 	if lost {
 		s.trouble(fmt.Errorf("write back: %w", err))
 		s.discard(e)
 	}
 	return err
+}
+
+// isIdle ends what e.busy counts. Requires s.mu.
+func (s *Store) isIdle(e *entry) {
+	e.busy--
+	if s.idle != nil {
+		close(s.idle)
+		s.idle = nil
+	}
 }
 
 func (s *Store) writeOut(e *entry) (lost bool, err error) {

@@ -50,6 +50,7 @@ type Store interface {
 	Peek(object.ID) cachestore.Info
 	Stats() cachestore.Stats
 	Use(object.ID)
+	Warm(object.ID)
 	Unlinked(object.ID) bool
 }
 
@@ -212,6 +213,15 @@ func (d *Dataset) List(ctx context.Context, dir, after string, maxAge time.Durat
 	return d.listBoth(ctx, p, joints, dir, after, maxAge)
 }
 
+// Behind are at most n files that follow a name in a folder, without asking for them.
+func (d *Dataset) Behind(dir, name string, n int) []metadata.Entry {
+	p := d.owner(dir)
+	if p == nil || p.err != nil {
+		return nil
+	}
+	return p.view.Behind(p.Key(dir), name, n)
+}
+
 // noneIn is why there is nothing in a folder that is of no part. One that leads to mounts has just not
 // got the name.
 func (d *Dataset) noneIn(dir string) error {
@@ -252,6 +262,9 @@ func (d *Dataset) Peek(id object.ID) cachestore.Info { return d.deps.Store.Peek(
 
 // Used says that an object was opened without its reader, which nobody else would tell the cache.
 func (d *Dataset) Used(id object.ID) { d.deps.Store.Use(id) }
+
+// Warm says that an object will be read soon.
+func (d *Dataset) Warm(id object.ID) { d.deps.Store.Warm(id) }
 
 // Unlinked reports whether somebody holds a file of the object that was evicted.
 func (d *Dataset) Unlinked(id object.ID) bool { return d.deps.Store.Unlinked(id) }

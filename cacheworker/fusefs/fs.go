@@ -96,8 +96,10 @@ type Mount struct {
 
 	trouble trouble
 	rows    rows
+	orders  orders
 
-	notify func(message []byte) error // tells the kernel; nil where it cannot expire names
+	notify func(message []byte) error                               // tells the kernel; nil where it cannot expire names
+	store  func(node uint64, offset int64, data []byte) fuse.Status // puts bytes into the kernel's page cache
 
 	told map[uint32]uint64 // by thread: the node whose open was answered ESTALE; guarded by table.mu
 
@@ -207,12 +209,42 @@ func (m *Mount) status(op string, n *node, err error) fuse.Status {
 func (m *Mount) requestContext(cancel <-chan struct{}, op int) (context.Context, context.CancelFunc) {
 	traced, span := m.cfg.Tracer.Start(m.closed, spans[op])
 	span.Text("volume", m.cfg.Volume.ID)
-	ctx, stop := context.WithCancel(traced)
-	go func() {
+	r := &request{Context: traced, interrupted: cancel}
+	if !span.Recorded() {
+		return r, r.end
+	}
+	return r, func() { r.end(); span.End(nil) }
+}
+
+// request is the context of one. Most are answered without waiting for anything: only who waits has it
+// watched whether it is interrupted.
+type request struct {
+	context.Context // the mount's
+	interrupted     <-chan struct{}
+
+	mu      sync.Mutex      // guards the fields below
+	watched context.Context // nil unless somebody has waited
+	stop    context.CancelFunc
+	ended   bool
+}
+
+// watch makes the context that ends with an INTERRUPT.
+func (r *request) watch() context.Context {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.watched != nil {
+		return r.watched
+	}
+	r.watched, r.stop = context.WithCancel(r.Context)
+	if r.ended {
+		r.stop()
+		return r.watched
+	}
+	go func(ctx context.Context, stop context.CancelFunc) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-cancel:
+		case <-r.interrupted:
 		}
 		t := time.NewTimer(interruptLag)
 		defer t.Stop()
@@ -221,11 +253,32 @@ func (m *Mount) requestContext(cancel <-chan struct{}, op int) (context.Context,
 		case <-t.C:
 			stop()
 		}
-	}()
-	if !span.Recorded() {
-		return ctx, stop
+	}(r.watched, r.stop)
+	return r.watched
+}
+
+func (r *request) Done() <-chan struct{} { return r.watch().Done() }
+func (r *request) Err() error            { return r.now().Err() }
+func (r *request) Value(key any) any     { return r.now().Value(key) }
+
+// now is the mount's as long as that says the same.
+func (r *request) now() context.Context {
+	r.mu.Lock()
+	same := r.watched == nil && !r.ended
+	r.mu.Unlock()
+	if same {
+		return r.Context
 	}
-	return ctx, func() { stop(); span.End(nil) }
+	return r.watch()
+}
+
+func (r *request) end() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.ended = true
+	if r.stop != nil {
+		r.stop()
+	}
 }
 
 // Lookup implements fuse.RawFileSystem.
@@ -256,6 +309,8 @@ func (m *Mount) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name string, ou
 	}
 	m.table.mu.Lock()
 	defer m.table.mu.Unlock()
+	m.table.gather()
+	defer m.table.flush()
 	n, err := m.enter(d, parent, e)
 	if err != nil {
 		return m.status("lookup", parent, err)
@@ -306,7 +361,7 @@ func (m *Mount) enter(d *dataset.Dataset, parent *node, e metadata.Entry) (*node
 		return nil, err
 	}
 	id := e.Object.ID()
-	n := m.table.incarnation(parent, o, e.Object, e.Name, m.wantedMode(id, e.Object.Size), e.At, m.usable)
+	n := m.table.incarnation(parent, o, e.Object, e.Name, m.wantedMode(e.Object.Size, func() object.ID { return id }), e.At, m.usable)
 	n.file.ino = inode(id)
 	return n, nil
 }
@@ -316,8 +371,8 @@ func (m *Mount) enter(d *dataset.Dataset, parent *node, e metadata.Entry) (*node
 const smallFile = 64 << 10
 
 // wantedMode is passthrough for what can be passed through now, and is worth it.
-func (m *Mount) wantedMode(id object.ID, size int64) mode {
-	if size > smallFile && m.pass.Load() && m.data.Load().Peek(id).Complete {
+func (m *Mount) wantedMode(size int64, id func() object.ID) mode {
+	if size > smallFile && m.pass.Load() && m.data.Load().Peek(id()).Complete {
 		return passthrough
 	}
 	return cached

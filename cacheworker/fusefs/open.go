@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"syscall"
 	"time"
 
@@ -99,7 +100,7 @@ func (m *Mount) check(ctx context.Context, n *node, thread uint32) error {
 	told, again := m.told[thread]
 	delete(m.told, thread)
 	switch {
-	case !n.file.stale && (n.file.mode == m.wantedMode(m.table.objectOf(n).ID(), n.file.size) || m.usable(n.file)):
+	case !n.file.stale && (n.file.mode == m.wantedMode(n.file.size, func() object.ID { return m.table.objectOf(n).ID() }) || m.usable(n.file)):
 		return nil
 	case again && (!n.file.gone || told != n.id && looked):
 		return nil
@@ -206,6 +207,31 @@ func (m *Mount) answerOpen(ctx context.Context, n *node, r *fill.Reader, out *fu
 	}
 	m.cfg.Counters.Cached.Add(1)
 	m.completeMaybe(n, r)
+	m.give(n, r)
+}
+
+var smallBuffers = sync.Pool{New: func() any { return new([smallFile]byte) }}
+
+// give puts the bytes of a small file that is cached into the kernel's page cache, before its open is answered:
+// nobody has to ask for them then. It does so once, because whoever opens it again finds them there, and it does not say
+// whether it did: what is not there is asked for. Requires n.file.mu.
+func (m *Mount) give(n *node, r *fill.Reader) {
+	size := int(n.file.size)
+	if n.file.given || size > smallFile {
+		return
+	}
+	fd, release, ok := r.Span(0, size)
+	if !ok {
+		return
+	}
+	m.warmBehind(m.data.Load(), n)
+	buf := smallBuffers.Get().(*[smallFile]byte)
+	defer smallBuffers.Put(buf)
+	got, err := syscall.Pread(fd, buf[:size], 0)
+	release()
+	if err == nil && got == size {
+		n.file.given = m.store(n.id, 0, buf[:size]).Ok()
+	}
 }
 
 // backing is the id of the node's backing file, registered now if it was not. It stays
@@ -401,7 +427,7 @@ func (m *Mount) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
 // readInPart completes a file of which a good share was read.
 func (m *Mount) readInPart(n *node) {
 	d := m.data.Load()
-	if d.Complete != brokerwire.CompleteAuto || n.file.mode != cached {
+	if d.Complete != brokerwire.CompleteAuto || n.file.mode != cached || n.file.size <= object.ChunkSize {
 		return
 	}
 	obj := m.table.objectOf(n)

@@ -101,7 +101,7 @@ func TestASmallFileCostsFewRequests(t *testing.T) {
 			w.forget()
 			eventually(t, "the kernel forgets", func() bool { nodes, _ := w.served().Stats(); return nodes < files/2 })
 			u.stat(w.data("d"))
-			round("cached, and the kernel knows nothing", map[string]int{"LOOKUP": files, "OPEN": files, "READ": files})
+			round("cached, and the kernel knows nothing", map[string]int{"LOOKUP": files, "OPEN": files})
 		})
 	}
 }

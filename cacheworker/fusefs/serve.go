@@ -64,6 +64,7 @@ func Adopt(cfg Config, device, memfd, init *os.File, fresh bool, uuid string) (_
 	if offersExpire(st.InitIn) {
 		m.notify = func(b []byte) error { _, err := unix.Write(int(device.Fd()), b); return err }
 	}
+	m.store = srv.InodeNotifyStoreCache
 	return &Served{Mount: m, srv: srv, fd: fd, device: device, fresh: fresh}, nil
 }
 

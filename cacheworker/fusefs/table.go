@@ -81,7 +81,8 @@ type file struct {
 	checked time.Time    // when the name last led to this object
 	reader  *fill.Reader // while it is open or being read
 
-	mu sync.Mutex // serialises opens of one node; held across requests to store and broker
+	mu    sync.Mutex // serialises opens of one node; held across requests to store and broker, and guards given
+	given bool       // its bytes were put into the kernel's page cache
 }
 
 // table maps node ids. It is written through to the mount's memfd, from which the next

@@ -351,3 +351,31 @@ func (f *folder) foldersBehind(name string, n int) (keys []string) {
 	}
 	return keys
 }
+
+// Behind are at most n files that follow a name in a folder, as far as that is known, however old it is.
+func (v *View) Behind(dir, name string, n int) (files []Entry) {
+	v.c.mu.Lock()
+	defer v.c.mu.Unlock()
+	f := v.t.folders[dir]
+	if f == nil {
+		return nil
+	}
+	key := above(name)
+	for {
+		seg := f.covering(key)
+		if seg == nil {
+			return files
+		}
+		for _, s := range seg.onward(key, len(dir)) {
+			if len(files) == n {
+				return files
+			}
+			if !strings.HasSuffix(s.key, "/") {
+				files = append(files, v.t.entry(s, s.key[len(dir):], seg))
+			}
+		}
+		if key = seg.hi; key == "" {
+			return files
+		}
+	}
+}

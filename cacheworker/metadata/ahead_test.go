@@ -380,3 +380,36 @@ func TestAPaceGoesOnInNamesOfTheSameShape(t *testing.T) {
 		}
 	}
 }
+
+func TestWhatFollowsANameIsToldWithoutAsking(t *testing.T) {
+	w := newWorld(t, Config{}, "d/a", "d/b", "d/c/x", "d/d", "d/e")
+	behind := func(name string, n int) (names []string) {
+		for _, e := range w.view.Behind("d/", name, n) {
+			names = append(names, e.Name)
+		}
+		return names
+	}
+	if got := behind("", 3); got != nil {
+		t.Errorf("of a folder of which nothing is known: %q", got)
+	}
+	w.lookup("d/", "a", time.Hour)
+	w.asked()
+	for _, c := range []struct {
+		name string
+		n    int
+		want []string
+	}{
+		{"", 2, []string{"a", "b"}},
+		{"a", 2, []string{"b", "d"}},
+		{"aa", 1, []string{"b"}},
+		{"d", 5, []string{"e"}},
+		{"e", 5, nil},
+	} {
+		if got := behind(c.name, c.n); !slices.Equal(got, c.want) {
+			t.Errorf("%d behind %q: %q; want %q", c.n, c.name, got, c.want)
+		}
+	}
+	if got := w.asked(); got != "0 LIST 0 HEAD" {
+		t.Error(got)
+	}
+}

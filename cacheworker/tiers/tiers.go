@@ -342,6 +342,13 @@ func (c *Cache) Use(id object.ID) {
 	}
 }
 
+// Warm has the kernel read an object's file, where there is one; see [cachestore.Store.Warm].
+func (c *Cache) Warm(id object.ID) {
+	if i := c.best(id, 0); i >= 0 {
+		c.tiers[i].Warm(id)
+	}
+}
+
 // used considers an object of a slower tier for a faster one.
 func (c *Cache) used(id object.ID, in int, asked uint8, complete bool) {
 	c.uses.Add(1)
