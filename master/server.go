@@ -74,6 +74,13 @@ func (s *server) ListWorkers(ctx context.Context, req *masterpb.ListWorkersReque
 	return resp, nil
 }
 
+func (s *server) DrainWorker(ctx context.Context, req *masterpb.DrainWorkerRequest) (*masterpb.DrainWorkerResponse, error) {
+	if req.GetUndo() {
+		return &masterpb.DrainWorkerResponse{}, s.reg.Undrain(ctx, req.GetNode())
+	}
+	return &masterpb.DrainWorkerResponse{}, s.reg.Drain(ctx, req.GetNode())
+}
+
 // workers are by node, with those that are gone if asked for.
 func (s *server) workers(ctx context.Context, gone bool) ([]record.Worker, error) {
 	ws, err := s.reg.Workers(ctx)

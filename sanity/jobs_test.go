@@ -146,7 +146,7 @@ func TestJobs(t *testing.T) {
 	t.Setenv("TESTROOT_AWS_ACCESS_KEY_ID", store.AccessKey)
 	t.Setenv("TESTROOT_AWS_SECRET_ACCESS_KEY", store.SecretKey)
 	put(t, store, map[string][]byte{"ds/a": pattern(100, 1), "ds/b/c": pattern(3<<20, 2), "ds/b/d": pattern(10, 3), "ds/e": {}, "dsx": pattern(9, 1)})
-	a, _ := twoNodes(t, store.Endpoint)
+	a, b := twoNodes(t, store.Endpoint)
 	publish(t, a.Kubelet, bucket(store, "v", "ds"))
 	uri := "s3://" + store.Bucket
 	sums := func() []string {
@@ -211,6 +211,38 @@ func TestJobs(t *testing.T) {
 	var l located
 	if err := a.ask(&l, "locate", "/sales/b"); err != nil || len(l.sums()) != 2 || l.sums()[1] != fmt.Sprintf("n2 %d/2", 3<<20+10) {
 		t.Errorf("locate a path: %v, %v", l.sums(), err)
+	}
+
+	// A drained node gets no load; its volumes are served, and what is freed goes there too.
+	vb, targetB := publish(t, b.Kubelet, bucket(store, "w", "ds"))
+	worker := func(args ...string) (ws []struct {
+		Node    string
+		Drained time.Time
+	}) {
+		t.Helper()
+		if err := a.ask(&ws, append([]string{"worker"}, args...)...); err != nil {
+			t.Error(err)
+		}
+		return ws
+	}
+	if ws := worker("drain", "n2"); len(ws) != 1 || ws[0].Node != "n2" || ws[0].Drained.IsZero() {
+		t.Errorf("drain: %+v", ws)
+	}
+	mustShell(t, "cat "+targetB+"/data/b/c > /dev/null")
+	if j, err := a.run(t, "load", uri+"/ds"); err != nil || len(j.Nodes) != 1 || j.Nodes[0].Node != "n1" {
+		t.Errorf("load beside a drained node: %+v, %v", j, err)
+	}
+	if j, err := a.run(t, "load", uri+"/ds", "--nodes", "n2"); err == nil || !strings.Contains(err.Error(), "larder worker undrain n2") {
+		t.Errorf("load on a drained node: %+v, %v", j, err)
+	}
+	if j, err := a.run(t, "free", uri); err != nil || len(j.Nodes) != 2 || j.Nodes[1].State != "done" {
+		t.Errorf("free on a drained node: %+v, %v", j, err)
+	}
+	if ws := worker("undrain", "n2"); len(ws) != 1 || !ws[0].Drained.IsZero() {
+		t.Errorf("undrain: %+v", ws)
+	}
+	if err := b.Unpublish(t.Context(), vb); err != nil {
+		t.Error(err)
 	}
 
 	asked := make(chan struct{}, 100)

@@ -25,7 +25,8 @@ type workerEntry struct {
 	CapacityBytes int64         `json:"capacityBytes"`
 	ReservedBytes int64         `json:"reservedBytes"` // by volumes bound to the node
 	Registered    time.Time     `json:"registered"`
-	Seen          time.Time     `json:"seen"` // last heartbeat; not set by a master that had none
+	Seen          time.Time     `json:"seen"`             // last heartbeat; not set by a master that had none
+	Drained       time.Time     `json:"drained,omitzero"` // since when it gets nothing new; not set if it does
 	Volumes       []volumeUsers `json:"volumes"`
 }
 
@@ -84,11 +85,44 @@ func workerListCommand() *cobra.Command {
 	return cmd
 }
 
+func workerDrainCommand() *cobra.Command {
+	return drainCommand(false, &cobra.Command{
+		Use: "drain NODE", Short: "Bring nothing new to a node",
+		Long: `Have a node get no load and no pin, and no volume with binding: node, until larder worker undrain. Volumes that are
+published there, and those that Kubernetes publishes there later, are served as ever; jobs that are at work there go on; free
+and unpin reach it. To move its pods away is Kubernetes' (kubectl drain). It is kept when masters and workers are restarted.`,
+	})
+}
+
+func workerUndrainCommand() *cobra.Command {
+	return drainCommand(true, &cobra.Command{Use: "undrain NODE", Short: "Undo larder worker drain"})
+}
+
+func drainCommand(undo bool, cmd *cobra.Command) *cobra.Command {
+	var q question
+	cmd.Args = cobra.ExactArgs(1)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		return q.ask(cmd.Context(), func(ctx context.Context, m *client.Client) error {
+			if err := m.DrainWorker(ctx, args[0], undo); err != nil {
+				return err
+			}
+			ws, err := m.AllWorkers(ctx, false)
+			if err != nil {
+				return err
+			}
+			entries := workerEntries(slices.DeleteFunc(ws, func(w client.Worker) bool { return w.Node != args[0] }))
+			return q.print(cmd.OutOrStdout(), entries, func(w io.Writer) error { return printWorkers(w, entries, time.Now()) })
+		})
+	}
+	q.flags(cmd)
+	return cmd
+}
+
 func workerEntries(ws []client.Worker) []workerEntry {
 	entries := []workerEntry{}
 	for _, w := range ws {
 		e := workerEntry{Node: w.Node, Worker: w.UUID, Addresses: append([]string{}, w.Addresses...), Gone: w.Gone, Version: w.Version,
-			CapacityBytes: w.CapacityBytes, ReservedBytes: w.ReservedBytes, Registered: w.Registered, Seen: w.Seen, Volumes: []volumeUsers{}}
+			CapacityBytes: w.CapacityBytes, ReservedBytes: w.ReservedBytes, Registered: w.Registered, Seen: w.Seen, Drained: w.Drained, Volumes: []volumeUsers{}}
 		for _, v := range w.Volumes {
 			e.Volumes = append(e.Volumes, volumeUsers{v.Volume.ID, v.Inline, podEntries(v.Pods)})
 		}
@@ -112,6 +146,9 @@ func printWorkers(out io.Writer, entries []workerEntry, now time.Time) error {
 		state, pods, seen := "alive", map[string]bool{}, "-"
 		if e.Gone {
 			state = "gone"
+		}
+		if !e.Drained.IsZero() {
+			state += ", drained"
 		}
 		for _, v := range e.Volumes {
 			for _, p := range v.Pods {

@@ -187,7 +187,7 @@ and shares them. It may be stopped, killed and upgraded at any time; readers wai
 			defer context.AfterFunc(ctx, func() { w.Linger(hurry(ctx), linger); end() })()
 			return w.Run(life)
 		})
-	cmd.AddCommand(workerListCommand())
+	cmd.AddCommand(workerListCommand(), workerDrainCommand(), workerUndrainCommand())
 	return cmd
 }
 

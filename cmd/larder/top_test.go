@@ -138,6 +138,7 @@ func TestListsAsTables(t *testing.T) {
 	ws[0].Volumes[0].Pods[0].Namespace, ws[0].Volumes[0].Pods[0].Name = "prod", "reader-0"
 	ws[1].Volumes = []client.Published{{Volume: client.Volume{ID: "csi-1"}, Inline: true, Pods: []client.Pod{{Namespace: "test", Name: "once", UID: "u3"}}}, {Volume: client.Volume{ID: "lv-1"}}}
 	ws[0].ReservedBytes, ws[0].Version = 5<<30, "v1.2.3"
+	ws[1].Drained, ws[2].Drained = noon, noon
 	var b strings.Builder
 	if err := printWorkers(&b, workerEntries(ws), noon.Add(7*time.Second)); err != nil {
 		t.Fatal(err)

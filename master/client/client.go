@@ -252,6 +252,13 @@ func (c *Client) workers(ctx context.Context, req *masterpb.ListWorkersRequest) 
 	return ws, err
 }
 
+// DrainWorker has a node get nothing new, or, with undo, something again. It is idempotent; ErrNotFound for a node that has no
+// worker, nor had one lately.
+func (c *Client) DrainWorker(ctx context.Context, node string, undo bool) error {
+	_, err := do(ctx, c, masterpb.MasterClient.DrainWorker, &masterpb.DrainWorkerRequest{Node: node, Undo: undo})
+	return err
+}
+
 // Locate asks all workers what they have cached of an under-store URI (s3://bucket/key,
 // file:///path), on the S3 store at endpoint, or on all if that is "".
 func (c *Client) Locate(ctx context.Context, uri, endpoint string) (ls []Located, err error) {

@@ -125,7 +125,7 @@ func FromWorker(w record.Worker) *Worker {
 	x := FromRegistration(w.Registration)
 	x.Registered, x.Seen, x.ReservedBytes = fromTime(w.Registered), fromTime(w.Seen), w.ReservedBytes
 	x.Stats, x.Holdings = FromBeat(w.Beat)
-	x.Gone, x.Unanswered = w.Gone, w.Unanswered
+	x.Gone, x.Unanswered, x.Drained = w.Gone, w.Unanswered, fromTime(w.Drained)
 	return x
 }
 
@@ -134,7 +134,7 @@ func (x *Worker) Record() record.Worker {
 	return record.Worker{
 		Registration: x.Registration(), Beat: ToBeat(x.GetStats(), x.GetHoldings()),
 		Registered: toTime(x.GetRegistered()), Seen: toTime(x.GetSeen()), ReservedBytes: x.GetReservedBytes(),
-		Gone: x.GetGone(), Unanswered: x.GetUnanswered(),
+		Gone: x.GetGone(), Unanswered: x.GetUnanswered(), Drained: toTime(x.GetDrained()),
 	}
 }
 

@@ -41,6 +41,7 @@ type Worker struct {
 	Holdings      []*Holding             `protobuf:"bytes,11,rep,name=holdings,proto3" json:"holdings,omitempty"`                                // of the last heartbeat
 	Gone          bool                   `protobuf:"varint,12,opt,name=gone,proto3" json:"gone,omitempty"`                                       // its lease has ended
 	Unanswered    string                 `protobuf:"bytes,13,opt,name=unanswered,proto3" json:"unanswered,omitempty"`                            // why it did not answer, where it was asked (ListWorkersRequest.live)
+	Drained       *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=drained,proto3" json:"drained,omitempty"`                                  // since when its node is; unset if it is not
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -164,6 +165,13 @@ func (x *Worker) GetUnanswered() string {
 		return x.Unanswered
 	}
 	return ""
+}
+
+func (x *Worker) GetDrained() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Drained
+	}
+	return nil
 }
 
 // PublishedVolume is what a node knows of a volume that is published there: what its
@@ -750,6 +758,94 @@ func (x *ListWorkersRequest) GetLive() bool {
 	return false
 }
 
+type DrainWorkerRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Undo          bool                   `protobuf:"varint,2,opt,name=undo,proto3" json:"undo,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainWorkerRequest) Reset() {
+	*x = DrainWorkerRequest{}
+	mi := &file_master_masterpb_master_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainWorkerRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainWorkerRequest) ProtoMessage() {}
+
+func (x *DrainWorkerRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainWorkerRequest.ProtoReflect.Descriptor instead.
+func (*DrainWorkerRequest) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *DrainWorkerRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *DrainWorkerRequest) GetUndo() bool {
+	if x != nil {
+		return x.Undo
+	}
+	return false
+}
+
+type DrainWorkerResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainWorkerResponse) Reset() {
+	*x = DrainWorkerResponse{}
+	mi := &file_master_masterpb_master_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainWorkerResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainWorkerResponse) ProtoMessage() {}
+
+func (x *DrainWorkerResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_master_masterpb_master_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainWorkerResponse.ProtoReflect.Descriptor instead.
+func (*DrainWorkerResponse) Descriptor() ([]byte, []int) {
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{11}
+}
+
 type ListWorkersResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Workers       []*Worker              `protobuf:"bytes,1,rep,name=workers,proto3" json:"workers,omitempty"`
@@ -759,7 +855,7 @@ type ListWorkersResponse struct {
 
 func (x *ListWorkersResponse) Reset() {
 	*x = ListWorkersResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[10]
+	mi := &file_master_masterpb_master_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -771,7 +867,7 @@ func (x *ListWorkersResponse) String() string {
 func (*ListWorkersResponse) ProtoMessage() {}
 
 func (x *ListWorkersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[10]
+	mi := &file_master_masterpb_master_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -784,7 +880,7 @@ func (x *ListWorkersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListWorkersResponse.ProtoReflect.Descriptor instead.
 func (*ListWorkersResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{10}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ListWorkersResponse) GetWorkers() []*Worker {
@@ -809,7 +905,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_master_masterpb_master_proto_msgTypes[11]
+	mi := &file_master_masterpb_master_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -821,7 +917,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[11]
+	mi := &file_master_masterpb_master_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -834,7 +930,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{11}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Volume) GetId() string {
@@ -899,7 +995,7 @@ type CreateVolumeRequest struct {
 
 func (x *CreateVolumeRequest) Reset() {
 	*x = CreateVolumeRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[12]
+	mi := &file_master_masterpb_master_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -911,7 +1007,7 @@ func (x *CreateVolumeRequest) String() string {
 func (*CreateVolumeRequest) ProtoMessage() {}
 
 func (x *CreateVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[12]
+	mi := &file_master_masterpb_master_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -924,7 +1020,7 @@ func (x *CreateVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVolumeRequest.ProtoReflect.Descriptor instead.
 func (*CreateVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{12}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CreateVolumeRequest) GetName() string {
@@ -971,7 +1067,7 @@ type DeleteVolumeRequest struct {
 
 func (x *DeleteVolumeRequest) Reset() {
 	*x = DeleteVolumeRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[13]
+	mi := &file_master_masterpb_master_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -983,7 +1079,7 @@ func (x *DeleteVolumeRequest) String() string {
 func (*DeleteVolumeRequest) ProtoMessage() {}
 
 func (x *DeleteVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[13]
+	mi := &file_master_masterpb_master_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -996,7 +1092,7 @@ func (x *DeleteVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolumeRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{13}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *DeleteVolumeRequest) GetId() string {
@@ -1014,7 +1110,7 @@ type DeleteVolumeResponse struct {
 
 func (x *DeleteVolumeResponse) Reset() {
 	*x = DeleteVolumeResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[14]
+	mi := &file_master_masterpb_master_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1026,7 +1122,7 @@ func (x *DeleteVolumeResponse) String() string {
 func (*DeleteVolumeResponse) ProtoMessage() {}
 
 func (x *DeleteVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[14]
+	mi := &file_master_masterpb_master_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1039,7 +1135,7 @@ func (x *DeleteVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolumeResponse.ProtoReflect.Descriptor instead.
 func (*DeleteVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{14}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{16}
 }
 
 type GetVolumeRequest struct {
@@ -1051,7 +1147,7 @@ type GetVolumeRequest struct {
 
 func (x *GetVolumeRequest) Reset() {
 	*x = GetVolumeRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[15]
+	mi := &file_master_masterpb_master_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1063,7 +1159,7 @@ func (x *GetVolumeRequest) String() string {
 func (*GetVolumeRequest) ProtoMessage() {}
 
 func (x *GetVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[15]
+	mi := &file_master_masterpb_master_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1076,7 +1172,7 @@ func (x *GetVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVolumeRequest.ProtoReflect.Descriptor instead.
 func (*GetVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{15}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *GetVolumeRequest) GetId() string {
@@ -1096,7 +1192,7 @@ type ListVolumesRequest struct {
 
 func (x *ListVolumesRequest) Reset() {
 	*x = ListVolumesRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[16]
+	mi := &file_master_masterpb_master_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1108,7 +1204,7 @@ func (x *ListVolumesRequest) String() string {
 func (*ListVolumesRequest) ProtoMessage() {}
 
 func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[16]
+	mi := &file_master_masterpb_master_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1121,7 +1217,7 @@ func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesRequest.ProtoReflect.Descriptor instead.
 func (*ListVolumesRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{16}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListVolumesRequest) GetMaxEntries() int32 {
@@ -1148,7 +1244,7 @@ type ListVolumesResponse struct {
 
 func (x *ListVolumesResponse) Reset() {
 	*x = ListVolumesResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[17]
+	mi := &file_master_masterpb_master_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1160,7 +1256,7 @@ func (x *ListVolumesResponse) String() string {
 func (*ListVolumesResponse) ProtoMessage() {}
 
 func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[17]
+	mi := &file_master_masterpb_master_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1173,7 +1269,7 @@ func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesResponse.ProtoReflect.Descriptor instead.
 func (*ListVolumesResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{17}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListVolumesResponse) GetVolumes() []*Volume {
@@ -1199,7 +1295,7 @@ type GetCapacityRequest struct {
 
 func (x *GetCapacityRequest) Reset() {
 	*x = GetCapacityRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[18]
+	mi := &file_master_masterpb_master_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1211,7 +1307,7 @@ func (x *GetCapacityRequest) String() string {
 func (*GetCapacityRequest) ProtoMessage() {}
 
 func (x *GetCapacityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[18]
+	mi := &file_master_masterpb_master_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1224,7 +1320,7 @@ func (x *GetCapacityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetCapacityRequest.ProtoReflect.Descriptor instead.
 func (*GetCapacityRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{18}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GetCapacityRequest) GetNode() string {
@@ -1246,7 +1342,7 @@ type Capacity struct {
 
 func (x *Capacity) Reset() {
 	*x = Capacity{}
-	mi := &file_master_masterpb_master_proto_msgTypes[19]
+	mi := &file_master_masterpb_master_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1258,7 +1354,7 @@ func (x *Capacity) String() string {
 func (*Capacity) ProtoMessage() {}
 
 func (x *Capacity) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[19]
+	mi := &file_master_masterpb_master_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1271,7 +1367,7 @@ func (x *Capacity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capacity.ProtoReflect.Descriptor instead.
 func (*Capacity) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{19}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Capacity) GetCapacityBytes() int64 {
@@ -1318,7 +1414,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_master_masterpb_master_proto_msgTypes[20]
+	mi := &file_master_masterpb_master_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1330,7 +1426,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[20]
+	mi := &file_master_masterpb_master_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1343,7 +1439,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{20}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Mount) GetPath() string {
@@ -1410,7 +1506,7 @@ type PutMountResponse struct {
 
 func (x *PutMountResponse) Reset() {
 	*x = PutMountResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[21]
+	mi := &file_master_masterpb_master_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1422,7 +1518,7 @@ func (x *PutMountResponse) String() string {
 func (*PutMountResponse) ProtoMessage() {}
 
 func (x *PutMountResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[21]
+	mi := &file_master_masterpb_master_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1435,7 +1531,7 @@ func (x *PutMountResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutMountResponse.ProtoReflect.Descriptor instead.
 func (*PutMountResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{21}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{23}
 }
 
 type FollowMountsRequest struct {
@@ -1446,7 +1542,7 @@ type FollowMountsRequest struct {
 
 func (x *FollowMountsRequest) Reset() {
 	*x = FollowMountsRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[22]
+	mi := &file_master_masterpb_master_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1458,7 +1554,7 @@ func (x *FollowMountsRequest) String() string {
 func (*FollowMountsRequest) ProtoMessage() {}
 
 func (x *FollowMountsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[22]
+	mi := &file_master_masterpb_master_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1471,7 +1567,7 @@ func (x *FollowMountsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowMountsRequest.ProtoReflect.Descriptor instead.
 func (*FollowMountsRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{22}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{24}
 }
 
 type MountTable struct {
@@ -1484,7 +1580,7 @@ type MountTable struct {
 
 func (x *MountTable) Reset() {
 	*x = MountTable{}
-	mi := &file_master_masterpb_master_proto_msgTypes[23]
+	mi := &file_master_masterpb_master_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1496,7 +1592,7 @@ func (x *MountTable) String() string {
 func (*MountTable) ProtoMessage() {}
 
 func (x *MountTable) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[23]
+	mi := &file_master_masterpb_master_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1509,7 +1605,7 @@ func (x *MountTable) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountTable.ProtoReflect.Descriptor instead.
 func (*MountTable) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{23}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *MountTable) GetId() string {
@@ -1534,7 +1630,7 @@ type RestoreMountsResponse struct {
 
 func (x *RestoreMountsResponse) Reset() {
 	*x = RestoreMountsResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[24]
+	mi := &file_master_masterpb_master_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1546,7 +1642,7 @@ func (x *RestoreMountsResponse) String() string {
 func (*RestoreMountsResponse) ProtoMessage() {}
 
 func (x *RestoreMountsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[24]
+	mi := &file_master_masterpb_master_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1559,7 +1655,7 @@ func (x *RestoreMountsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreMountsResponse.ProtoReflect.Descriptor instead.
 func (*RestoreMountsResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{24}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{26}
 }
 
 type ListMountsRequest struct {
@@ -1570,7 +1666,7 @@ type ListMountsRequest struct {
 
 func (x *ListMountsRequest) Reset() {
 	*x = ListMountsRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[25]
+	mi := &file_master_masterpb_master_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1582,7 +1678,7 @@ func (x *ListMountsRequest) String() string {
 func (*ListMountsRequest) ProtoMessage() {}
 
 func (x *ListMountsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[25]
+	mi := &file_master_masterpb_master_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1595,7 +1691,7 @@ func (x *ListMountsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMountsRequest.ProtoReflect.Descriptor instead.
 func (*ListMountsRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{25}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{27}
 }
 
 type ListMountsResponse struct {
@@ -1607,7 +1703,7 @@ type ListMountsResponse struct {
 
 func (x *ListMountsResponse) Reset() {
 	*x = ListMountsResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[26]
+	mi := &file_master_masterpb_master_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1619,7 +1715,7 @@ func (x *ListMountsResponse) String() string {
 func (*ListMountsResponse) ProtoMessage() {}
 
 func (x *ListMountsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[26]
+	mi := &file_master_masterpb_master_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1632,7 +1728,7 @@ func (x *ListMountsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMountsResponse.ProtoReflect.Descriptor instead.
 func (*ListMountsResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{26}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ListMountsResponse) GetMounts() []*Mount {
@@ -1651,7 +1747,7 @@ type DeleteMountRequest struct {
 
 func (x *DeleteMountRequest) Reset() {
 	*x = DeleteMountRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[27]
+	mi := &file_master_masterpb_master_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1663,7 +1759,7 @@ func (x *DeleteMountRequest) String() string {
 func (*DeleteMountRequest) ProtoMessage() {}
 
 func (x *DeleteMountRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[27]
+	mi := &file_master_masterpb_master_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1676,7 +1772,7 @@ func (x *DeleteMountRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteMountRequest.ProtoReflect.Descriptor instead.
 func (*DeleteMountRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{27}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *DeleteMountRequest) GetPath() string {
@@ -1694,7 +1790,7 @@ type DeleteMountResponse struct {
 
 func (x *DeleteMountResponse) Reset() {
 	*x = DeleteMountResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[28]
+	mi := &file_master_masterpb_master_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1706,7 +1802,7 @@ func (x *DeleteMountResponse) String() string {
 func (*DeleteMountResponse) ProtoMessage() {}
 
 func (x *DeleteMountResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[28]
+	mi := &file_master_masterpb_master_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1719,7 +1815,7 @@ func (x *DeleteMountResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteMountResponse.ProtoReflect.Descriptor instead.
 func (*DeleteMountResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{28}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{30}
 }
 
 type LocateRequest struct {
@@ -1732,7 +1828,7 @@ type LocateRequest struct {
 
 func (x *LocateRequest) Reset() {
 	*x = LocateRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[29]
+	mi := &file_master_masterpb_master_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1744,7 +1840,7 @@ func (x *LocateRequest) String() string {
 func (*LocateRequest) ProtoMessage() {}
 
 func (x *LocateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[29]
+	mi := &file_master_masterpb_master_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1757,7 +1853,7 @@ func (x *LocateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocateRequest.ProtoReflect.Descriptor instead.
 func (*LocateRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{29}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *LocateRequest) GetUri() string {
@@ -1783,7 +1879,7 @@ type LocateResponse struct {
 
 func (x *LocateResponse) Reset() {
 	*x = LocateResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[30]
+	mi := &file_master_masterpb_master_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1795,7 +1891,7 @@ func (x *LocateResponse) String() string {
 func (*LocateResponse) ProtoMessage() {}
 
 func (x *LocateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[30]
+	mi := &file_master_masterpb_master_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1808,7 +1904,7 @@ func (x *LocateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocateResponse.ProtoReflect.Descriptor instead.
 func (*LocateResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{30}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *LocateResponse) GetWorkers() []*Located {
@@ -1832,7 +1928,7 @@ type Located struct {
 
 func (x *Located) Reset() {
 	*x = Located{}
-	mi := &file_master_masterpb_master_proto_msgTypes[31]
+	mi := &file_master_masterpb_master_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1844,7 +1940,7 @@ func (x *Located) String() string {
 func (*Located) ProtoMessage() {}
 
 func (x *Located) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[31]
+	mi := &file_master_masterpb_master_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1857,7 +1953,7 @@ func (x *Located) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Located.ProtoReflect.Descriptor instead.
 func (*Located) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{31}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Located) GetNode() string {
@@ -1903,7 +1999,7 @@ type CountersRequest struct {
 
 func (x *CountersRequest) Reset() {
 	*x = CountersRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[32]
+	mi := &file_master_masterpb_master_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1915,7 +2011,7 @@ func (x *CountersRequest) String() string {
 func (*CountersRequest) ProtoMessage() {}
 
 func (x *CountersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[32]
+	mi := &file_master_masterpb_master_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1928,7 +2024,7 @@ func (x *CountersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountersRequest.ProtoReflect.Descriptor instead.
 func (*CountersRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{32}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{34}
 }
 
 type WorkerCounters struct {
@@ -1941,7 +2037,7 @@ type WorkerCounters struct {
 
 func (x *WorkerCounters) Reset() {
 	*x = WorkerCounters{}
-	mi := &file_master_masterpb_master_proto_msgTypes[33]
+	mi := &file_master_masterpb_master_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1953,7 +2049,7 @@ func (x *WorkerCounters) String() string {
 func (*WorkerCounters) ProtoMessage() {}
 
 func (x *WorkerCounters) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[33]
+	mi := &file_master_masterpb_master_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1966,7 +2062,7 @@ func (x *WorkerCounters) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkerCounters.ProtoReflect.Descriptor instead.
 func (*WorkerCounters) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{33}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *WorkerCounters) GetUuid() string {
@@ -1993,7 +2089,7 @@ type HeldRequest struct {
 
 func (x *HeldRequest) Reset() {
 	*x = HeldRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[34]
+	mi := &file_master_masterpb_master_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2005,7 +2101,7 @@ func (x *HeldRequest) String() string {
 func (*HeldRequest) ProtoMessage() {}
 
 func (x *HeldRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[34]
+	mi := &file_master_masterpb_master_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2018,7 +2114,7 @@ func (x *HeldRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldRequest.ProtoReflect.Descriptor instead.
 func (*HeldRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{34}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *HeldRequest) GetUri() string {
@@ -2048,7 +2144,7 @@ type HeldResponse struct {
 
 func (x *HeldResponse) Reset() {
 	*x = HeldResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[35]
+	mi := &file_master_masterpb_master_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2060,7 +2156,7 @@ func (x *HeldResponse) String() string {
 func (*HeldResponse) ProtoMessage() {}
 
 func (x *HeldResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[35]
+	mi := &file_master_masterpb_master_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2073,7 +2169,7 @@ func (x *HeldResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldResponse.ProtoReflect.Descriptor instead.
 func (*HeldResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{35}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *HeldResponse) GetUuid() string {
@@ -2120,7 +2216,7 @@ type DescribeVolumeRequest struct {
 
 func (x *DescribeVolumeRequest) Reset() {
 	*x = DescribeVolumeRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[36]
+	mi := &file_master_masterpb_master_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2132,7 +2228,7 @@ func (x *DescribeVolumeRequest) String() string {
 func (*DescribeVolumeRequest) ProtoMessage() {}
 
 func (x *DescribeVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[36]
+	mi := &file_master_masterpb_master_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2145,7 +2241,7 @@ func (x *DescribeVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeVolumeRequest.ProtoReflect.Descriptor instead.
 func (*DescribeVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{36}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *DescribeVolumeRequest) GetId() string {
@@ -2164,7 +2260,7 @@ type VolumeDescription struct {
 
 func (x *VolumeDescription) Reset() {
 	*x = VolumeDescription{}
-	mi := &file_master_masterpb_master_proto_msgTypes[37]
+	mi := &file_master_masterpb_master_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2176,7 +2272,7 @@ func (x *VolumeDescription) String() string {
 func (*VolumeDescription) ProtoMessage() {}
 
 func (x *VolumeDescription) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[37]
+	mi := &file_master_masterpb_master_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2189,7 +2285,7 @@ func (x *VolumeDescription) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeDescription.ProtoReflect.Descriptor instead.
 func (*VolumeDescription) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{37}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *VolumeDescription) GetNodes() []*VolumeOnNode {
@@ -2213,7 +2309,7 @@ type VolumeOnNode struct {
 
 func (x *VolumeOnNode) Reset() {
 	*x = VolumeOnNode{}
-	mi := &file_master_masterpb_master_proto_msgTypes[38]
+	mi := &file_master_masterpb_master_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2225,7 +2321,7 @@ func (x *VolumeOnNode) String() string {
 func (*VolumeOnNode) ProtoMessage() {}
 
 func (x *VolumeOnNode) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[38]
+	mi := &file_master_masterpb_master_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2238,7 +2334,7 @@ func (x *VolumeOnNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeOnNode.ProtoReflect.Descriptor instead.
 func (*VolumeOnNode) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{38}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *VolumeOnNode) GetNode() string {
@@ -2285,7 +2381,7 @@ type MountedVolumeRequest struct {
 
 func (x *MountedVolumeRequest) Reset() {
 	*x = MountedVolumeRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[39]
+	mi := &file_master_masterpb_master_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2297,7 +2393,7 @@ func (x *MountedVolumeRequest) String() string {
 func (*MountedVolumeRequest) ProtoMessage() {}
 
 func (x *MountedVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[39]
+	mi := &file_master_masterpb_master_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2310,7 +2406,7 @@ func (x *MountedVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountedVolumeRequest.ProtoReflect.Descriptor instead.
 func (*MountedVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{39}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *MountedVolumeRequest) GetId() string {
@@ -2348,7 +2444,7 @@ type MountedVolume struct {
 
 func (x *MountedVolume) Reset() {
 	*x = MountedVolume{}
-	mi := &file_master_masterpb_master_proto_msgTypes[40]
+	mi := &file_master_masterpb_master_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2360,7 +2456,7 @@ func (x *MountedVolume) String() string {
 func (*MountedVolume) ProtoMessage() {}
 
 func (x *MountedVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[40]
+	mi := &file_master_masterpb_master_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2373,7 +2469,7 @@ func (x *MountedVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountedVolume.ProtoReflect.Descriptor instead.
 func (*MountedVolume) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{40}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *MountedVolume) GetUuid() string {
@@ -2517,7 +2613,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[41]
+	mi := &file_master_masterpb_master_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2529,7 +2625,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[41]
+	mi := &file_master_masterpb_master_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2542,7 +2638,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{41}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{43}
 }
 
 type MasterStatus struct {
@@ -2562,7 +2658,7 @@ type MasterStatus struct {
 
 func (x *MasterStatus) Reset() {
 	*x = MasterStatus{}
-	mi := &file_master_masterpb_master_proto_msgTypes[42]
+	mi := &file_master_masterpb_master_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2574,7 +2670,7 @@ func (x *MasterStatus) String() string {
 func (*MasterStatus) ProtoMessage() {}
 
 func (x *MasterStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[42]
+	mi := &file_master_masterpb_master_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2587,7 +2683,7 @@ func (x *MasterStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MasterStatus.ProtoReflect.Descriptor instead.
 func (*MasterStatus) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{42}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *MasterStatus) GetVersion() string {
@@ -2666,7 +2762,7 @@ type CreateJobRequest struct {
 
 func (x *CreateJobRequest) Reset() {
 	*x = CreateJobRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[43]
+	mi := &file_master_masterpb_master_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2678,7 +2774,7 @@ func (x *CreateJobRequest) String() string {
 func (*CreateJobRequest) ProtoMessage() {}
 
 func (x *CreateJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[43]
+	mi := &file_master_masterpb_master_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2691,7 +2787,7 @@ func (x *CreateJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJobRequest.ProtoReflect.Descriptor instead.
 func (*CreateJobRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{43}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *CreateJobRequest) GetKind() string {
@@ -2746,7 +2842,7 @@ type Job struct {
 
 func (x *Job) Reset() {
 	*x = Job{}
-	mi := &file_master_masterpb_master_proto_msgTypes[44]
+	mi := &file_master_masterpb_master_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2758,7 +2854,7 @@ func (x *Job) String() string {
 func (*Job) ProtoMessage() {}
 
 func (x *Job) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[44]
+	mi := &file_master_masterpb_master_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2771,7 +2867,7 @@ func (x *Job) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Job.ProtoReflect.Descriptor instead.
 func (*Job) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{44}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Job) GetId() string {
@@ -2850,7 +2946,7 @@ type JobNode struct {
 
 func (x *JobNode) Reset() {
 	*x = JobNode{}
-	mi := &file_master_masterpb_master_proto_msgTypes[45]
+	mi := &file_master_masterpb_master_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2862,7 +2958,7 @@ func (x *JobNode) String() string {
 func (*JobNode) ProtoMessage() {}
 
 func (x *JobNode) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[45]
+	mi := &file_master_masterpb_master_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2875,7 +2971,7 @@ func (x *JobNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobNode.ProtoReflect.Descriptor instead.
 func (*JobNode) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{45}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *JobNode) GetNode() string {
@@ -2964,7 +3060,7 @@ type GetJobRequest struct {
 
 func (x *GetJobRequest) Reset() {
 	*x = GetJobRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[46]
+	mi := &file_master_masterpb_master_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2976,7 +3072,7 @@ func (x *GetJobRequest) String() string {
 func (*GetJobRequest) ProtoMessage() {}
 
 func (x *GetJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[46]
+	mi := &file_master_masterpb_master_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2989,7 +3085,7 @@ func (x *GetJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJobRequest.ProtoReflect.Descriptor instead.
 func (*GetJobRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{46}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *GetJobRequest) GetId() string {
@@ -3007,7 +3103,7 @@ type ListJobsRequest struct {
 
 func (x *ListJobsRequest) Reset() {
 	*x = ListJobsRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[47]
+	mi := &file_master_masterpb_master_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3019,7 +3115,7 @@ func (x *ListJobsRequest) String() string {
 func (*ListJobsRequest) ProtoMessage() {}
 
 func (x *ListJobsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[47]
+	mi := &file_master_masterpb_master_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3032,7 +3128,7 @@ func (x *ListJobsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJobsRequest.ProtoReflect.Descriptor instead.
 func (*ListJobsRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{47}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{49}
 }
 
 type ListJobsResponse struct {
@@ -3044,7 +3140,7 @@ type ListJobsResponse struct {
 
 func (x *ListJobsResponse) Reset() {
 	*x = ListJobsResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[48]
+	mi := &file_master_masterpb_master_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3056,7 +3152,7 @@ func (x *ListJobsResponse) String() string {
 func (*ListJobsResponse) ProtoMessage() {}
 
 func (x *ListJobsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[48]
+	mi := &file_master_masterpb_master_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3069,7 +3165,7 @@ func (x *ListJobsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJobsResponse.ProtoReflect.Descriptor instead.
 func (*ListJobsResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{48}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ListJobsResponse) GetJobs() []*Job {
@@ -3088,7 +3184,7 @@ type CancelJobRequest struct {
 
 func (x *CancelJobRequest) Reset() {
 	*x = CancelJobRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[49]
+	mi := &file_master_masterpb_master_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3100,7 +3196,7 @@ func (x *CancelJobRequest) String() string {
 func (*CancelJobRequest) ProtoMessage() {}
 
 func (x *CancelJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[49]
+	mi := &file_master_masterpb_master_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3113,7 +3209,7 @@ func (x *CancelJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelJobRequest.ProtoReflect.Descriptor instead.
 func (*CancelJobRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{49}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *CancelJobRequest) GetId() string {
@@ -3131,7 +3227,7 @@ type CancelJobResponse struct {
 
 func (x *CancelJobResponse) Reset() {
 	*x = CancelJobResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[50]
+	mi := &file_master_masterpb_master_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3143,7 +3239,7 @@ func (x *CancelJobResponse) String() string {
 func (*CancelJobResponse) ProtoMessage() {}
 
 func (x *CancelJobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[50]
+	mi := &file_master_masterpb_master_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3156,7 +3252,7 @@ func (x *CancelJobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelJobResponse.ProtoReflect.Descriptor instead.
 func (*CancelJobResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{50}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{52}
 }
 
 type WorkRequest struct {
@@ -3171,7 +3267,7 @@ type WorkRequest struct {
 
 func (x *WorkRequest) Reset() {
 	*x = WorkRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[51]
+	mi := &file_master_masterpb_master_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3183,7 +3279,7 @@ func (x *WorkRequest) String() string {
 func (*WorkRequest) ProtoMessage() {}
 
 func (x *WorkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[51]
+	mi := &file_master_masterpb_master_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3196,7 +3292,7 @@ func (x *WorkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkRequest.ProtoReflect.Descriptor instead.
 func (*WorkRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{51}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *WorkRequest) GetUuid() string {
@@ -3237,7 +3333,7 @@ type WorkResponse struct {
 
 func (x *WorkResponse) Reset() {
 	*x = WorkResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[52]
+	mi := &file_master_masterpb_master_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3249,7 +3345,7 @@ func (x *WorkResponse) String() string {
 func (*WorkResponse) ProtoMessage() {}
 
 func (x *WorkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[52]
+	mi := &file_master_masterpb_master_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3262,7 +3358,7 @@ func (x *WorkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkResponse.ProtoReflect.Descriptor instead.
 func (*WorkResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{52}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *WorkResponse) GetJobs() []*Job {
@@ -3291,7 +3387,7 @@ type ReportJobRequest struct {
 
 func (x *ReportJobRequest) Reset() {
 	*x = ReportJobRequest{}
-	mi := &file_master_masterpb_master_proto_msgTypes[53]
+	mi := &file_master_masterpb_master_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3303,7 +3399,7 @@ func (x *ReportJobRequest) String() string {
 func (*ReportJobRequest) ProtoMessage() {}
 
 func (x *ReportJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[53]
+	mi := &file_master_masterpb_master_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3316,7 +3412,7 @@ func (x *ReportJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportJobRequest.ProtoReflect.Descriptor instead.
 func (*ReportJobRequest) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{53}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ReportJobRequest) GetUuid() string {
@@ -3356,7 +3452,7 @@ type ReportJobResponse struct {
 
 func (x *ReportJobResponse) Reset() {
 	*x = ReportJobResponse{}
-	mi := &file_master_masterpb_master_proto_msgTypes[54]
+	mi := &file_master_masterpb_master_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3368,7 +3464,7 @@ func (x *ReportJobResponse) String() string {
 func (*ReportJobResponse) ProtoMessage() {}
 
 func (x *ReportJobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_master_masterpb_master_proto_msgTypes[54]
+	mi := &file_master_masterpb_master_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3381,7 +3477,7 @@ func (x *ReportJobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportJobResponse.ProtoReflect.Descriptor instead.
 func (*ReportJobResponse) Descriptor() ([]byte, []int) {
-	return file_master_masterpb_master_proto_rawDescGZIP(), []int{54}
+	return file_master_masterpb_master_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ReportJobResponse) GetCanceled() bool {
@@ -3395,7 +3491,7 @@ var File_master_masterpb_master_proto protoreflect.FileDescriptor
 
 const file_master_masterpb_master_proto_rawDesc = "" +
 	"\n" +
-	"\x1cmaster/masterpb/master.proto\x12\x10larder.master.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xff\x03\n" +
+	"\x1cmaster/masterpb/master.proto\x12\x10larder.master.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb5\x04\n" +
 	"\x06Worker\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x18\n" +
@@ -3414,7 +3510,8 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\x04gone\x18\f \x01(\bR\x04gone\x12\x1e\n" +
 	"\n" +
 	"unanswered\x18\r \x01(\tR\n" +
-	"unanswered\"\x86\x01\n" +
+	"unanswered\x124\n" +
+	"\adrained\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\adrained\"\x86\x01\n" +
 	"\x0fPublishedVolume\x120\n" +
 	"\x06volume\x18\x01 \x01(\v2\x18.larder.master.v1.VolumeR\x06volume\x12\x16\n" +
 	"\x06inline\x18\x02 \x01(\bR\x06inline\x12)\n" +
@@ -3459,7 +3556,11 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\flease_millis\x18\x02 \x01(\x03R\vleaseMillis\"<\n" +
 	"\x12ListWorkersRequest\x12\x12\n" +
 	"\x04gone\x18\x01 \x01(\bR\x04gone\x12\x12\n" +
-	"\x04live\x18\x02 \x01(\bR\x04live\"I\n" +
+	"\x04live\x18\x02 \x01(\bR\x04live\"<\n" +
+	"\x12DrainWorkerRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
+	"\x04undo\x18\x02 \x01(\bR\x04undo\"\x15\n" +
+	"\x13DrainWorkerResponse\"I\n" +
 	"\x13ListWorkersResponse\x122\n" +
 	"\aworkers\x18\x01 \x03(\v2\x18.larder.master.v1.WorkerR\aworkers\"\xcf\x02\n" +
 	"\x06Volume\x12\x0e\n" +
@@ -3668,11 +3769,12 @@ const file_master_masterpb_master_proto_rawDesc = "" +
 	"\x02id\x18\x03 \x01(\tR\x02id\x12-\n" +
 	"\x04node\x18\x04 \x01(\v2\x19.larder.master.v1.JobNodeR\x04node\"/\n" +
 	"\x11ReportJobResponse\x12\x1a\n" +
-	"\bcanceled\x18\x01 \x01(\bR\bcanceled2\xbc\x0e\n" +
+	"\bcanceled\x18\x01 \x01(\bR\bcanceled2\x98\x0f\n" +
 	"\x06Master\x12c\n" +
 	"\x0eRegisterWorker\x12'.larder.master.v1.RegisterWorkerRequest\x1a(.larder.master.v1.RegisterWorkerResponse\x12T\n" +
 	"\tHeartbeat\x12\".larder.master.v1.HeartbeatRequest\x1a#.larder.master.v1.HeartbeatResponse\x12Z\n" +
-	"\vListWorkers\x12$.larder.master.v1.ListWorkersRequest\x1a%.larder.master.v1.ListWorkersResponse\x12O\n" +
+	"\vListWorkers\x12$.larder.master.v1.ListWorkersRequest\x1a%.larder.master.v1.ListWorkersResponse\x12Z\n" +
+	"\vDrainWorker\x12$.larder.master.v1.DrainWorkerRequest\x1a%.larder.master.v1.DrainWorkerResponse\x12O\n" +
 	"\fCreateVolume\x12%.larder.master.v1.CreateVolumeRequest\x1a\x18.larder.master.v1.Volume\x12]\n" +
 	"\fDeleteVolume\x12%.larder.master.v1.DeleteVolumeRequest\x1a&.larder.master.v1.DeleteVolumeResponse\x12I\n" +
 	"\tGetVolume\x12\".larder.master.v1.GetVolumeRequest\x1a\x18.larder.master.v1.Volume\x12Z\n" +
@@ -3710,7 +3812,7 @@ func file_master_masterpb_master_proto_rawDescGZIP() []byte {
 	return file_master_masterpb_master_proto_rawDescData
 }
 
-var file_master_masterpb_master_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
+var file_master_masterpb_master_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_master_masterpb_master_proto_goTypes = []any{
 	(*Worker)(nil),                 // 0: larder.master.v1.Worker
 	(*PublishedVolume)(nil),        // 1: larder.master.v1.PublishedVolume
@@ -3722,149 +3824,154 @@ var file_master_masterpb_master_proto_goTypes = []any{
 	(*HeartbeatRequest)(nil),       // 7: larder.master.v1.HeartbeatRequest
 	(*HeartbeatResponse)(nil),      // 8: larder.master.v1.HeartbeatResponse
 	(*ListWorkersRequest)(nil),     // 9: larder.master.v1.ListWorkersRequest
-	(*ListWorkersResponse)(nil),    // 10: larder.master.v1.ListWorkersResponse
-	(*Volume)(nil),                 // 11: larder.master.v1.Volume
-	(*CreateVolumeRequest)(nil),    // 12: larder.master.v1.CreateVolumeRequest
-	(*DeleteVolumeRequest)(nil),    // 13: larder.master.v1.DeleteVolumeRequest
-	(*DeleteVolumeResponse)(nil),   // 14: larder.master.v1.DeleteVolumeResponse
-	(*GetVolumeRequest)(nil),       // 15: larder.master.v1.GetVolumeRequest
-	(*ListVolumesRequest)(nil),     // 16: larder.master.v1.ListVolumesRequest
-	(*ListVolumesResponse)(nil),    // 17: larder.master.v1.ListVolumesResponse
-	(*GetCapacityRequest)(nil),     // 18: larder.master.v1.GetCapacityRequest
-	(*Capacity)(nil),               // 19: larder.master.v1.Capacity
-	(*Mount)(nil),                  // 20: larder.master.v1.Mount
-	(*PutMountResponse)(nil),       // 21: larder.master.v1.PutMountResponse
-	(*FollowMountsRequest)(nil),    // 22: larder.master.v1.FollowMountsRequest
-	(*MountTable)(nil),             // 23: larder.master.v1.MountTable
-	(*RestoreMountsResponse)(nil),  // 24: larder.master.v1.RestoreMountsResponse
-	(*ListMountsRequest)(nil),      // 25: larder.master.v1.ListMountsRequest
-	(*ListMountsResponse)(nil),     // 26: larder.master.v1.ListMountsResponse
-	(*DeleteMountRequest)(nil),     // 27: larder.master.v1.DeleteMountRequest
-	(*DeleteMountResponse)(nil),    // 28: larder.master.v1.DeleteMountResponse
-	(*LocateRequest)(nil),          // 29: larder.master.v1.LocateRequest
-	(*LocateResponse)(nil),         // 30: larder.master.v1.LocateResponse
-	(*Located)(nil),                // 31: larder.master.v1.Located
-	(*CountersRequest)(nil),        // 32: larder.master.v1.CountersRequest
-	(*WorkerCounters)(nil),         // 33: larder.master.v1.WorkerCounters
-	(*HeldRequest)(nil),            // 34: larder.master.v1.HeldRequest
-	(*HeldResponse)(nil),           // 35: larder.master.v1.HeldResponse
-	(*DescribeVolumeRequest)(nil),  // 36: larder.master.v1.DescribeVolumeRequest
-	(*VolumeDescription)(nil),      // 37: larder.master.v1.VolumeDescription
-	(*VolumeOnNode)(nil),           // 38: larder.master.v1.VolumeOnNode
-	(*MountedVolumeRequest)(nil),   // 39: larder.master.v1.MountedVolumeRequest
-	(*MountedVolume)(nil),          // 40: larder.master.v1.MountedVolume
-	(*StatusRequest)(nil),          // 41: larder.master.v1.StatusRequest
-	(*MasterStatus)(nil),           // 42: larder.master.v1.MasterStatus
-	(*CreateJobRequest)(nil),       // 43: larder.master.v1.CreateJobRequest
-	(*Job)(nil),                    // 44: larder.master.v1.Job
-	(*JobNode)(nil),                // 45: larder.master.v1.JobNode
-	(*GetJobRequest)(nil),          // 46: larder.master.v1.GetJobRequest
-	(*ListJobsRequest)(nil),        // 47: larder.master.v1.ListJobsRequest
-	(*ListJobsResponse)(nil),       // 48: larder.master.v1.ListJobsResponse
-	(*CancelJobRequest)(nil),       // 49: larder.master.v1.CancelJobRequest
-	(*CancelJobResponse)(nil),      // 50: larder.master.v1.CancelJobResponse
-	(*WorkRequest)(nil),            // 51: larder.master.v1.WorkRequest
-	(*WorkResponse)(nil),           // 52: larder.master.v1.WorkResponse
-	(*ReportJobRequest)(nil),       // 53: larder.master.v1.ReportJobRequest
-	(*ReportJobResponse)(nil),      // 54: larder.master.v1.ReportJobResponse
-	nil,                            // 55: larder.master.v1.Volume.ParametersEntry
-	nil,                            // 56: larder.master.v1.CreateVolumeRequest.ParametersEntry
-	nil,                            // 57: larder.master.v1.Mount.OptionsEntry
-	nil,                            // 58: larder.master.v1.MountedVolume.ParametersEntry
-	(*timestamppb.Timestamp)(nil),  // 59: google.protobuf.Timestamp
+	(*DrainWorkerRequest)(nil),     // 10: larder.master.v1.DrainWorkerRequest
+	(*DrainWorkerResponse)(nil),    // 11: larder.master.v1.DrainWorkerResponse
+	(*ListWorkersResponse)(nil),    // 12: larder.master.v1.ListWorkersResponse
+	(*Volume)(nil),                 // 13: larder.master.v1.Volume
+	(*CreateVolumeRequest)(nil),    // 14: larder.master.v1.CreateVolumeRequest
+	(*DeleteVolumeRequest)(nil),    // 15: larder.master.v1.DeleteVolumeRequest
+	(*DeleteVolumeResponse)(nil),   // 16: larder.master.v1.DeleteVolumeResponse
+	(*GetVolumeRequest)(nil),       // 17: larder.master.v1.GetVolumeRequest
+	(*ListVolumesRequest)(nil),     // 18: larder.master.v1.ListVolumesRequest
+	(*ListVolumesResponse)(nil),    // 19: larder.master.v1.ListVolumesResponse
+	(*GetCapacityRequest)(nil),     // 20: larder.master.v1.GetCapacityRequest
+	(*Capacity)(nil),               // 21: larder.master.v1.Capacity
+	(*Mount)(nil),                  // 22: larder.master.v1.Mount
+	(*PutMountResponse)(nil),       // 23: larder.master.v1.PutMountResponse
+	(*FollowMountsRequest)(nil),    // 24: larder.master.v1.FollowMountsRequest
+	(*MountTable)(nil),             // 25: larder.master.v1.MountTable
+	(*RestoreMountsResponse)(nil),  // 26: larder.master.v1.RestoreMountsResponse
+	(*ListMountsRequest)(nil),      // 27: larder.master.v1.ListMountsRequest
+	(*ListMountsResponse)(nil),     // 28: larder.master.v1.ListMountsResponse
+	(*DeleteMountRequest)(nil),     // 29: larder.master.v1.DeleteMountRequest
+	(*DeleteMountResponse)(nil),    // 30: larder.master.v1.DeleteMountResponse
+	(*LocateRequest)(nil),          // 31: larder.master.v1.LocateRequest
+	(*LocateResponse)(nil),         // 32: larder.master.v1.LocateResponse
+	(*Located)(nil),                // 33: larder.master.v1.Located
+	(*CountersRequest)(nil),        // 34: larder.master.v1.CountersRequest
+	(*WorkerCounters)(nil),         // 35: larder.master.v1.WorkerCounters
+	(*HeldRequest)(nil),            // 36: larder.master.v1.HeldRequest
+	(*HeldResponse)(nil),           // 37: larder.master.v1.HeldResponse
+	(*DescribeVolumeRequest)(nil),  // 38: larder.master.v1.DescribeVolumeRequest
+	(*VolumeDescription)(nil),      // 39: larder.master.v1.VolumeDescription
+	(*VolumeOnNode)(nil),           // 40: larder.master.v1.VolumeOnNode
+	(*MountedVolumeRequest)(nil),   // 41: larder.master.v1.MountedVolumeRequest
+	(*MountedVolume)(nil),          // 42: larder.master.v1.MountedVolume
+	(*StatusRequest)(nil),          // 43: larder.master.v1.StatusRequest
+	(*MasterStatus)(nil),           // 44: larder.master.v1.MasterStatus
+	(*CreateJobRequest)(nil),       // 45: larder.master.v1.CreateJobRequest
+	(*Job)(nil),                    // 46: larder.master.v1.Job
+	(*JobNode)(nil),                // 47: larder.master.v1.JobNode
+	(*GetJobRequest)(nil),          // 48: larder.master.v1.GetJobRequest
+	(*ListJobsRequest)(nil),        // 49: larder.master.v1.ListJobsRequest
+	(*ListJobsResponse)(nil),       // 50: larder.master.v1.ListJobsResponse
+	(*CancelJobRequest)(nil),       // 51: larder.master.v1.CancelJobRequest
+	(*CancelJobResponse)(nil),      // 52: larder.master.v1.CancelJobResponse
+	(*WorkRequest)(nil),            // 53: larder.master.v1.WorkRequest
+	(*WorkResponse)(nil),           // 54: larder.master.v1.WorkResponse
+	(*ReportJobRequest)(nil),       // 55: larder.master.v1.ReportJobRequest
+	(*ReportJobResponse)(nil),      // 56: larder.master.v1.ReportJobResponse
+	nil,                            // 57: larder.master.v1.Volume.ParametersEntry
+	nil,                            // 58: larder.master.v1.CreateVolumeRequest.ParametersEntry
+	nil,                            // 59: larder.master.v1.Mount.OptionsEntry
+	nil,                            // 60: larder.master.v1.MountedVolume.ParametersEntry
+	(*timestamppb.Timestamp)(nil),  // 61: google.protobuf.Timestamp
 }
 var file_master_masterpb_master_proto_depIdxs = []int32{
 	1,  // 0: larder.master.v1.Worker.volumes:type_name -> larder.master.v1.PublishedVolume
-	59, // 1: larder.master.v1.Worker.registered:type_name -> google.protobuf.Timestamp
-	59, // 2: larder.master.v1.Worker.seen:type_name -> google.protobuf.Timestamp
+	61, // 1: larder.master.v1.Worker.registered:type_name -> google.protobuf.Timestamp
+	61, // 2: larder.master.v1.Worker.seen:type_name -> google.protobuf.Timestamp
 	3,  // 3: larder.master.v1.Worker.stats:type_name -> larder.master.v1.WorkerStats
 	4,  // 4: larder.master.v1.Worker.holdings:type_name -> larder.master.v1.Holding
-	11, // 5: larder.master.v1.PublishedVolume.volume:type_name -> larder.master.v1.Volume
-	2,  // 6: larder.master.v1.PublishedVolume.pods:type_name -> larder.master.v1.Pod
-	59, // 7: larder.master.v1.WorkerStats.started:type_name -> google.protobuf.Timestamp
-	0,  // 8: larder.master.v1.RegisterWorkerRequest.worker:type_name -> larder.master.v1.Worker
-	3,  // 9: larder.master.v1.HeartbeatRequest.stats:type_name -> larder.master.v1.WorkerStats
-	4,  // 10: larder.master.v1.HeartbeatRequest.holdings:type_name -> larder.master.v1.Holding
-	0,  // 11: larder.master.v1.ListWorkersResponse.workers:type_name -> larder.master.v1.Worker
-	55, // 12: larder.master.v1.Volume.parameters:type_name -> larder.master.v1.Volume.ParametersEntry
-	59, // 13: larder.master.v1.Volume.created:type_name -> google.protobuf.Timestamp
-	56, // 14: larder.master.v1.CreateVolumeRequest.parameters:type_name -> larder.master.v1.CreateVolumeRequest.ParametersEntry
-	11, // 15: larder.master.v1.ListVolumesResponse.volumes:type_name -> larder.master.v1.Volume
-	57, // 16: larder.master.v1.Mount.options:type_name -> larder.master.v1.Mount.OptionsEntry
-	20, // 17: larder.master.v1.MountTable.mounts:type_name -> larder.master.v1.Mount
-	20, // 18: larder.master.v1.ListMountsResponse.mounts:type_name -> larder.master.v1.Mount
-	31, // 19: larder.master.v1.LocateResponse.workers:type_name -> larder.master.v1.Located
-	35, // 20: larder.master.v1.Located.held:type_name -> larder.master.v1.HeldResponse
-	3,  // 21: larder.master.v1.WorkerCounters.stats:type_name -> larder.master.v1.WorkerStats
-	38, // 22: larder.master.v1.VolumeDescription.nodes:type_name -> larder.master.v1.VolumeOnNode
-	2,  // 23: larder.master.v1.VolumeOnNode.pods:type_name -> larder.master.v1.Pod
-	40, // 24: larder.master.v1.VolumeOnNode.volume:type_name -> larder.master.v1.MountedVolume
-	58, // 25: larder.master.v1.MountedVolume.parameters:type_name -> larder.master.v1.MountedVolume.ParametersEntry
-	59, // 26: larder.master.v1.MountedVolume.mounted:type_name -> google.protobuf.Timestamp
-	59, // 27: larder.master.v1.MountedVolume.counted:type_name -> google.protobuf.Timestamp
-	59, // 28: larder.master.v1.MasterStatus.started:type_name -> google.protobuf.Timestamp
-	59, // 29: larder.master.v1.Job.created:type_name -> google.protobuf.Timestamp
-	45, // 30: larder.master.v1.Job.nodes:type_name -> larder.master.v1.JobNode
-	59, // 31: larder.master.v1.JobNode.started:type_name -> google.protobuf.Timestamp
-	59, // 32: larder.master.v1.JobNode.updated:type_name -> google.protobuf.Timestamp
-	44, // 33: larder.master.v1.ListJobsResponse.jobs:type_name -> larder.master.v1.Job
-	44, // 34: larder.master.v1.WorkResponse.jobs:type_name -> larder.master.v1.Job
-	45, // 35: larder.master.v1.ReportJobRequest.node:type_name -> larder.master.v1.JobNode
-	5,  // 36: larder.master.v1.Master.RegisterWorker:input_type -> larder.master.v1.RegisterWorkerRequest
-	7,  // 37: larder.master.v1.Master.Heartbeat:input_type -> larder.master.v1.HeartbeatRequest
-	9,  // 38: larder.master.v1.Master.ListWorkers:input_type -> larder.master.v1.ListWorkersRequest
-	12, // 39: larder.master.v1.Master.CreateVolume:input_type -> larder.master.v1.CreateVolumeRequest
-	13, // 40: larder.master.v1.Master.DeleteVolume:input_type -> larder.master.v1.DeleteVolumeRequest
-	15, // 41: larder.master.v1.Master.GetVolume:input_type -> larder.master.v1.GetVolumeRequest
-	16, // 42: larder.master.v1.Master.ListVolumes:input_type -> larder.master.v1.ListVolumesRequest
-	18, // 43: larder.master.v1.Master.GetCapacity:input_type -> larder.master.v1.GetCapacityRequest
-	20, // 44: larder.master.v1.Master.PutMount:input_type -> larder.master.v1.Mount
-	25, // 45: larder.master.v1.Master.ListMounts:input_type -> larder.master.v1.ListMountsRequest
-	27, // 46: larder.master.v1.Master.DeleteMount:input_type -> larder.master.v1.DeleteMountRequest
-	22, // 47: larder.master.v1.Master.FollowMounts:input_type -> larder.master.v1.FollowMountsRequest
-	23, // 48: larder.master.v1.Master.RestoreMounts:input_type -> larder.master.v1.MountTable
-	36, // 49: larder.master.v1.Master.DescribeVolume:input_type -> larder.master.v1.DescribeVolumeRequest
-	29, // 50: larder.master.v1.Master.Locate:input_type -> larder.master.v1.LocateRequest
-	43, // 51: larder.master.v1.Master.CreateJob:input_type -> larder.master.v1.CreateJobRequest
-	46, // 52: larder.master.v1.Master.GetJob:input_type -> larder.master.v1.GetJobRequest
-	47, // 53: larder.master.v1.Master.ListJobs:input_type -> larder.master.v1.ListJobsRequest
-	49, // 54: larder.master.v1.Master.CancelJob:input_type -> larder.master.v1.CancelJobRequest
-	51, // 55: larder.master.v1.Master.Work:input_type -> larder.master.v1.WorkRequest
-	53, // 56: larder.master.v1.Master.ReportJob:input_type -> larder.master.v1.ReportJobRequest
-	41, // 57: larder.master.v1.Master.Status:input_type -> larder.master.v1.StatusRequest
-	32, // 58: larder.master.v1.Inventory.Counters:input_type -> larder.master.v1.CountersRequest
-	34, // 59: larder.master.v1.Inventory.Held:input_type -> larder.master.v1.HeldRequest
-	39, // 60: larder.master.v1.Inventory.Volume:input_type -> larder.master.v1.MountedVolumeRequest
-	6,  // 61: larder.master.v1.Master.RegisterWorker:output_type -> larder.master.v1.RegisterWorkerResponse
-	8,  // 62: larder.master.v1.Master.Heartbeat:output_type -> larder.master.v1.HeartbeatResponse
-	10, // 63: larder.master.v1.Master.ListWorkers:output_type -> larder.master.v1.ListWorkersResponse
-	11, // 64: larder.master.v1.Master.CreateVolume:output_type -> larder.master.v1.Volume
-	14, // 65: larder.master.v1.Master.DeleteVolume:output_type -> larder.master.v1.DeleteVolumeResponse
-	11, // 66: larder.master.v1.Master.GetVolume:output_type -> larder.master.v1.Volume
-	17, // 67: larder.master.v1.Master.ListVolumes:output_type -> larder.master.v1.ListVolumesResponse
-	19, // 68: larder.master.v1.Master.GetCapacity:output_type -> larder.master.v1.Capacity
-	21, // 69: larder.master.v1.Master.PutMount:output_type -> larder.master.v1.PutMountResponse
-	26, // 70: larder.master.v1.Master.ListMounts:output_type -> larder.master.v1.ListMountsResponse
-	28, // 71: larder.master.v1.Master.DeleteMount:output_type -> larder.master.v1.DeleteMountResponse
-	23, // 72: larder.master.v1.Master.FollowMounts:output_type -> larder.master.v1.MountTable
-	24, // 73: larder.master.v1.Master.RestoreMounts:output_type -> larder.master.v1.RestoreMountsResponse
-	37, // 74: larder.master.v1.Master.DescribeVolume:output_type -> larder.master.v1.VolumeDescription
-	30, // 75: larder.master.v1.Master.Locate:output_type -> larder.master.v1.LocateResponse
-	44, // 76: larder.master.v1.Master.CreateJob:output_type -> larder.master.v1.Job
-	44, // 77: larder.master.v1.Master.GetJob:output_type -> larder.master.v1.Job
-	48, // 78: larder.master.v1.Master.ListJobs:output_type -> larder.master.v1.ListJobsResponse
-	50, // 79: larder.master.v1.Master.CancelJob:output_type -> larder.master.v1.CancelJobResponse
-	52, // 80: larder.master.v1.Master.Work:output_type -> larder.master.v1.WorkResponse
-	54, // 81: larder.master.v1.Master.ReportJob:output_type -> larder.master.v1.ReportJobResponse
-	42, // 82: larder.master.v1.Master.Status:output_type -> larder.master.v1.MasterStatus
-	33, // 83: larder.master.v1.Inventory.Counters:output_type -> larder.master.v1.WorkerCounters
-	35, // 84: larder.master.v1.Inventory.Held:output_type -> larder.master.v1.HeldResponse
-	40, // 85: larder.master.v1.Inventory.Volume:output_type -> larder.master.v1.MountedVolume
-	61, // [61:86] is the sub-list for method output_type
-	36, // [36:61] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	61, // 5: larder.master.v1.Worker.drained:type_name -> google.protobuf.Timestamp
+	13, // 6: larder.master.v1.PublishedVolume.volume:type_name -> larder.master.v1.Volume
+	2,  // 7: larder.master.v1.PublishedVolume.pods:type_name -> larder.master.v1.Pod
+	61, // 8: larder.master.v1.WorkerStats.started:type_name -> google.protobuf.Timestamp
+	0,  // 9: larder.master.v1.RegisterWorkerRequest.worker:type_name -> larder.master.v1.Worker
+	3,  // 10: larder.master.v1.HeartbeatRequest.stats:type_name -> larder.master.v1.WorkerStats
+	4,  // 11: larder.master.v1.HeartbeatRequest.holdings:type_name -> larder.master.v1.Holding
+	0,  // 12: larder.master.v1.ListWorkersResponse.workers:type_name -> larder.master.v1.Worker
+	57, // 13: larder.master.v1.Volume.parameters:type_name -> larder.master.v1.Volume.ParametersEntry
+	61, // 14: larder.master.v1.Volume.created:type_name -> google.protobuf.Timestamp
+	58, // 15: larder.master.v1.CreateVolumeRequest.parameters:type_name -> larder.master.v1.CreateVolumeRequest.ParametersEntry
+	13, // 16: larder.master.v1.ListVolumesResponse.volumes:type_name -> larder.master.v1.Volume
+	59, // 17: larder.master.v1.Mount.options:type_name -> larder.master.v1.Mount.OptionsEntry
+	22, // 18: larder.master.v1.MountTable.mounts:type_name -> larder.master.v1.Mount
+	22, // 19: larder.master.v1.ListMountsResponse.mounts:type_name -> larder.master.v1.Mount
+	33, // 20: larder.master.v1.LocateResponse.workers:type_name -> larder.master.v1.Located
+	37, // 21: larder.master.v1.Located.held:type_name -> larder.master.v1.HeldResponse
+	3,  // 22: larder.master.v1.WorkerCounters.stats:type_name -> larder.master.v1.WorkerStats
+	40, // 23: larder.master.v1.VolumeDescription.nodes:type_name -> larder.master.v1.VolumeOnNode
+	2,  // 24: larder.master.v1.VolumeOnNode.pods:type_name -> larder.master.v1.Pod
+	42, // 25: larder.master.v1.VolumeOnNode.volume:type_name -> larder.master.v1.MountedVolume
+	60, // 26: larder.master.v1.MountedVolume.parameters:type_name -> larder.master.v1.MountedVolume.ParametersEntry
+	61, // 27: larder.master.v1.MountedVolume.mounted:type_name -> google.protobuf.Timestamp
+	61, // 28: larder.master.v1.MountedVolume.counted:type_name -> google.protobuf.Timestamp
+	61, // 29: larder.master.v1.MasterStatus.started:type_name -> google.protobuf.Timestamp
+	61, // 30: larder.master.v1.Job.created:type_name -> google.protobuf.Timestamp
+	47, // 31: larder.master.v1.Job.nodes:type_name -> larder.master.v1.JobNode
+	61, // 32: larder.master.v1.JobNode.started:type_name -> google.protobuf.Timestamp
+	61, // 33: larder.master.v1.JobNode.updated:type_name -> google.protobuf.Timestamp
+	46, // 34: larder.master.v1.ListJobsResponse.jobs:type_name -> larder.master.v1.Job
+	46, // 35: larder.master.v1.WorkResponse.jobs:type_name -> larder.master.v1.Job
+	47, // 36: larder.master.v1.ReportJobRequest.node:type_name -> larder.master.v1.JobNode
+	5,  // 37: larder.master.v1.Master.RegisterWorker:input_type -> larder.master.v1.RegisterWorkerRequest
+	7,  // 38: larder.master.v1.Master.Heartbeat:input_type -> larder.master.v1.HeartbeatRequest
+	9,  // 39: larder.master.v1.Master.ListWorkers:input_type -> larder.master.v1.ListWorkersRequest
+	10, // 40: larder.master.v1.Master.DrainWorker:input_type -> larder.master.v1.DrainWorkerRequest
+	14, // 41: larder.master.v1.Master.CreateVolume:input_type -> larder.master.v1.CreateVolumeRequest
+	15, // 42: larder.master.v1.Master.DeleteVolume:input_type -> larder.master.v1.DeleteVolumeRequest
+	17, // 43: larder.master.v1.Master.GetVolume:input_type -> larder.master.v1.GetVolumeRequest
+	18, // 44: larder.master.v1.Master.ListVolumes:input_type -> larder.master.v1.ListVolumesRequest
+	20, // 45: larder.master.v1.Master.GetCapacity:input_type -> larder.master.v1.GetCapacityRequest
+	22, // 46: larder.master.v1.Master.PutMount:input_type -> larder.master.v1.Mount
+	27, // 47: larder.master.v1.Master.ListMounts:input_type -> larder.master.v1.ListMountsRequest
+	29, // 48: larder.master.v1.Master.DeleteMount:input_type -> larder.master.v1.DeleteMountRequest
+	24, // 49: larder.master.v1.Master.FollowMounts:input_type -> larder.master.v1.FollowMountsRequest
+	25, // 50: larder.master.v1.Master.RestoreMounts:input_type -> larder.master.v1.MountTable
+	38, // 51: larder.master.v1.Master.DescribeVolume:input_type -> larder.master.v1.DescribeVolumeRequest
+	31, // 52: larder.master.v1.Master.Locate:input_type -> larder.master.v1.LocateRequest
+	45, // 53: larder.master.v1.Master.CreateJob:input_type -> larder.master.v1.CreateJobRequest
+	48, // 54: larder.master.v1.Master.GetJob:input_type -> larder.master.v1.GetJobRequest
+	49, // 55: larder.master.v1.Master.ListJobs:input_type -> larder.master.v1.ListJobsRequest
+	51, // 56: larder.master.v1.Master.CancelJob:input_type -> larder.master.v1.CancelJobRequest
+	53, // 57: larder.master.v1.Master.Work:input_type -> larder.master.v1.WorkRequest
+	55, // 58: larder.master.v1.Master.ReportJob:input_type -> larder.master.v1.ReportJobRequest
+	43, // 59: larder.master.v1.Master.Status:input_type -> larder.master.v1.StatusRequest
+	34, // 60: larder.master.v1.Inventory.Counters:input_type -> larder.master.v1.CountersRequest
+	36, // 61: larder.master.v1.Inventory.Held:input_type -> larder.master.v1.HeldRequest
+	41, // 62: larder.master.v1.Inventory.Volume:input_type -> larder.master.v1.MountedVolumeRequest
+	6,  // 63: larder.master.v1.Master.RegisterWorker:output_type -> larder.master.v1.RegisterWorkerResponse
+	8,  // 64: larder.master.v1.Master.Heartbeat:output_type -> larder.master.v1.HeartbeatResponse
+	12, // 65: larder.master.v1.Master.ListWorkers:output_type -> larder.master.v1.ListWorkersResponse
+	11, // 66: larder.master.v1.Master.DrainWorker:output_type -> larder.master.v1.DrainWorkerResponse
+	13, // 67: larder.master.v1.Master.CreateVolume:output_type -> larder.master.v1.Volume
+	16, // 68: larder.master.v1.Master.DeleteVolume:output_type -> larder.master.v1.DeleteVolumeResponse
+	13, // 69: larder.master.v1.Master.GetVolume:output_type -> larder.master.v1.Volume
+	19, // 70: larder.master.v1.Master.ListVolumes:output_type -> larder.master.v1.ListVolumesResponse
+	21, // 71: larder.master.v1.Master.GetCapacity:output_type -> larder.master.v1.Capacity
+	23, // 72: larder.master.v1.Master.PutMount:output_type -> larder.master.v1.PutMountResponse
+	28, // 73: larder.master.v1.Master.ListMounts:output_type -> larder.master.v1.ListMountsResponse
+	30, // 74: larder.master.v1.Master.DeleteMount:output_type -> larder.master.v1.DeleteMountResponse
+	25, // 75: larder.master.v1.Master.FollowMounts:output_type -> larder.master.v1.MountTable
+	26, // 76: larder.master.v1.Master.RestoreMounts:output_type -> larder.master.v1.RestoreMountsResponse
+	39, // 77: larder.master.v1.Master.DescribeVolume:output_type -> larder.master.v1.VolumeDescription
+	32, // 78: larder.master.v1.Master.Locate:output_type -> larder.master.v1.LocateResponse
+	46, // 79: larder.master.v1.Master.CreateJob:output_type -> larder.master.v1.Job
+	46, // 80: larder.master.v1.Master.GetJob:output_type -> larder.master.v1.Job
+	50, // 81: larder.master.v1.Master.ListJobs:output_type -> larder.master.v1.ListJobsResponse
+	52, // 82: larder.master.v1.Master.CancelJob:output_type -> larder.master.v1.CancelJobResponse
+	54, // 83: larder.master.v1.Master.Work:output_type -> larder.master.v1.WorkResponse
+	56, // 84: larder.master.v1.Master.ReportJob:output_type -> larder.master.v1.ReportJobResponse
+	44, // 85: larder.master.v1.Master.Status:output_type -> larder.master.v1.MasterStatus
+	35, // 86: larder.master.v1.Inventory.Counters:output_type -> larder.master.v1.WorkerCounters
+	37, // 87: larder.master.v1.Inventory.Held:output_type -> larder.master.v1.HeldResponse
+	42, // 88: larder.master.v1.Inventory.Volume:output_type -> larder.master.v1.MountedVolume
+	63, // [63:89] is the sub-list for method output_type
+	37, // [37:63] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_master_masterpb_master_proto_init() }
@@ -3878,7 +3985,7 @@ func file_master_masterpb_master_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_master_masterpb_master_proto_rawDesc), len(file_master_masterpb_master_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   59,
+			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

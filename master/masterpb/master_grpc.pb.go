@@ -25,6 +25,7 @@ const (
 	Master_RegisterWorker_FullMethodName = "/larder.master.v1.Master/RegisterWorker"
 	Master_Heartbeat_FullMethodName      = "/larder.master.v1.Master/Heartbeat"
 	Master_ListWorkers_FullMethodName    = "/larder.master.v1.Master/ListWorkers"
+	Master_DrainWorker_FullMethodName    = "/larder.master.v1.Master/DrainWorker"
 	Master_CreateVolume_FullMethodName   = "/larder.master.v1.Master/CreateVolume"
 	Master_DeleteVolume_FullMethodName   = "/larder.master.v1.Master/DeleteVolume"
 	Master_GetVolume_FullMethodName      = "/larder.master.v1.Master/GetVolume"
@@ -63,6 +64,9 @@ type MasterClient interface {
 	Heartbeat(ctx context.Context, in *HeartbeatRequest, opts ...grpc.CallOption) (*HeartbeatResponse, error)
 	// ListWorkers lists the workers whose lease holds, by node, and on request those that are gone.
 	ListWorkers(ctx context.Context, in *ListWorkersRequest, opts ...grpc.CallOption) (*ListWorkersResponse, error)
+	// DrainWorker has a node get nothing new, or, with undo, something again: no load or pin, and no volume is bound to it.
+	// What is there goes on. It is idempotent; NOT_FOUND for a node that has no worker, nor had one lately.
+	DrainWorker(ctx context.Context, in *DrainWorkerRequest, opts ...grpc.CallOption) (*DrainWorkerResponse, error)
 	// CreateVolume is idempotent by name.
 	CreateVolume(ctx context.Context, in *CreateVolumeRequest, opts ...grpc.CallOption) (*Volume, error)
 	// DeleteVolume is idempotent: OK for what does not exist.
@@ -133,6 +137,16 @@ func (c *masterClient) ListWorkers(ctx context.Context, in *ListWorkersRequest, 
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ListWorkersResponse)
 	err := c.cc.Invoke(ctx, Master_ListWorkers_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *masterClient) DrainWorker(ctx context.Context, in *DrainWorkerRequest, opts ...grpc.CallOption) (*DrainWorkerResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DrainWorkerResponse)
+	err := c.cc.Invoke(ctx, Master_DrainWorker_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -355,6 +369,9 @@ type MasterServer interface {
 	Heartbeat(context.Context, *HeartbeatRequest) (*HeartbeatResponse, error)
 	// ListWorkers lists the workers whose lease holds, by node, and on request those that are gone.
 	ListWorkers(context.Context, *ListWorkersRequest) (*ListWorkersResponse, error)
+	// DrainWorker has a node get nothing new, or, with undo, something again: no load or pin, and no volume is bound to it.
+	// What is there goes on. It is idempotent; NOT_FOUND for a node that has no worker, nor had one lately.
+	DrainWorker(context.Context, *DrainWorkerRequest) (*DrainWorkerResponse, error)
 	// CreateVolume is idempotent by name.
 	CreateVolume(context.Context, *CreateVolumeRequest) (*Volume, error)
 	// DeleteVolume is idempotent: OK for what does not exist.
@@ -409,6 +426,9 @@ func (UnimplementedMasterServer) Heartbeat(context.Context, *HeartbeatRequest) (
 }
 func (UnimplementedMasterServer) ListWorkers(context.Context, *ListWorkersRequest) (*ListWorkersResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListWorkers not implemented")
+}
+func (UnimplementedMasterServer) DrainWorker(context.Context, *DrainWorkerRequest) (*DrainWorkerResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DrainWorker not implemented")
 }
 func (UnimplementedMasterServer) CreateVolume(context.Context, *CreateVolumeRequest) (*Volume, error) {
 	return nil, status.Error(codes.Unimplemented, "method CreateVolume not implemented")
@@ -538,6 +558,24 @@ func _Master_ListWorkers_Handler(srv interface{}, ctx context.Context, dec func(
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(MasterServer).ListWorkers(ctx, req.(*ListWorkersRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Master_DrainWorker_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DrainWorkerRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MasterServer).DrainWorker(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Master_DrainWorker_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MasterServer).DrainWorker(ctx, req.(*DrainWorkerRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -895,6 +933,10 @@ var Master_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListWorkers",
 			Handler:    _Master_ListWorkers_Handler,
+		},
+		{
+			MethodName: "DrainWorker",
+			Handler:    _Master_DrainWorker_Handler,
 		},
 		{
 			MethodName: "CreateVolume",

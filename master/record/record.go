@@ -130,6 +130,7 @@ type Worker struct {
 	ReservedBytes int64     // by volumes bound to its node
 	Gone          bool      // its lease has ended
 	Unanswered    string    // why it did not answer, where it was asked
+	Drained       time.Time // since when its node gets nothing new; zero if it does
 }
 
 // MountedVolume is what a worker says of a volume on its node.

@@ -27,7 +27,7 @@ func (r *Registry) CreateJob(ctx context.Context, spec record.JobSpec) (record.J
 	if err := spec.Validate(); err != nil {
 		return record.Job{}, err
 	}
-	nodes, err := r.jobNodes(ctx, spec.Nodes)
+	nodes, err := r.jobNodes(ctx, spec)
 	if err != nil {
 		return record.Job{}, err
 	}
@@ -59,8 +59,8 @@ func (r *Registry) CreateJob(ctx context.Context, spec record.JobSpec) (record.J
 	return j, nil
 }
 
-// jobNodes checks the names, or returns all nodes if there are none.
-func (r *Registry) jobNodes(ctx context.Context, named []string) ([]string, error) {
+// jobNodes checks the names, or returns all nodes if there are none. A drained node gets no job that brings it something.
+func (r *Registry) jobNodes(ctx context.Context, spec record.JobSpec) ([]string, error) {
 	ws, err := r.kept(ctx, workers)
 	if err != nil {
 		return nil, err
@@ -72,16 +72,30 @@ func (r *Registry) jobNodes(ctx context.Context, named []string) ([]string, erro
 	if len(alive) == 0 {
 		return nil, fmt.Errorf("%w: no worker is alive: nobody could do the job", record.ErrUnavailable)
 	}
-	named = slices.Compact(slices.Sorted(slices.Values(named)))
+	drains := map[string]drain{}
+	if spec.Kind == record.Load || spec.Kind == record.Pin {
+		if drains, err = r.drains(ctx); err != nil {
+			return nil, err
+		}
+	}
+	named := slices.Compact(slices.Sorted(slices.Values(spec.Nodes)))
 	for _, n := range named {
-		if !slices.Contains(alive, n) {
+		_, is := drains[n]
+		switch {
+		case !slices.Contains(alive, n):
 			return nil, fmt.Errorf("%w: node %q has no worker that is alive; `larder worker ls` lists them", record.ErrNotFound, n)
+		case is:
+			return nil, fmt.Errorf("%w: node %q is drained: `larder worker undrain %s` first, or leave it out", record.ErrRefused, n, n)
 		}
 	}
 	if len(named) > 0 {
 		return named, nil
 	}
-	return alive, nil
+	able := slices.DeleteFunc(alive, func(n string) bool { _, is := drains[n]; return is })
+	if len(able) == 0 {
+		return nil, fmt.Errorf("%w: all nodes with a worker are drained; `larder worker ls` lists them", record.ErrRefused)
+	}
+	return able, nil
 }
 
 func (r *Registry) workKey(node, id string) string { return r.key(work, node+"/"+id) }

@@ -61,6 +61,7 @@ const (
 	deleted  = "deleted/"  // id → "", under a lease of its own
 	reserved = "reserved/" // node → bytes, the sum over its volumes
 	workers  = "workers/"  // node → worker, under the worker's lease
+	drained  = "drained/"  // node → drain, until it is undone
 	known    = "known/"    // node → worker, as above, under a longer lease: workers that are gone are shown for a while
 	jobs     = "jobs/"     // id → record.Job without its nodes, under a lease, as its work is
 	work     = "work/"     // node/id → record.JobNode

@@ -231,13 +231,13 @@ func (r *Registry) reserve(ctx context.Context, nodes []string, n int64) (node s
 			continue
 		}
 		key := r.key(reserved, node)
-		same = []clientv3.Cmp{unchanged(key, has.counter), clientv3.Compare(clientv3.CreateRevision(r.key(workers, node)), ">", 0)}
+		same = []clientv3.Cmp{unchanged(key, has.counter), unchanged(r.key(drained, node), nil), clientv3.Compare(clientv3.CreateRevision(r.key(workers, node)), ">", 0)}
 		return node, same, clientv3.OpPut(key, strconv.FormatInt(has.reserved+n, 10)), nil
 	}
 	if !known {
 		return "", nil, take, fmt.Errorf("none of %d nodes, %q the first, has a worker: %w", len(nodes), nodes[0], record.ErrUnavailable)
 	}
-	return "", nil, take, fmt.Errorf("none of %d nodes, %q the first, has %d bytes left: %w", len(nodes), nodes[0], n, record.ErrExhausted)
+	return "", nil, take, fmt.Errorf("none of %d nodes, %q the first, has %d bytes left (a drained one has none): %w", len(nodes), nodes[0], n, record.ErrExhausted)
 }
 
 // shift adds n bytes to what is reserved on a node, whether there is room or not.
@@ -278,15 +278,22 @@ func bytesOf(kv *mvccpb.KeyValue) (int64, error) {
 type room struct {
 	capacity, reserved int64
 	counter            *mvccpb.KeyValue // of reserved; nil for none
+	drained            bool
 }
 
-func (r room) available() int64 { return max(r.capacity-r.reserved, 0) }
+func (r room) available() int64 {
+	if r.drained {
+		return 0
+	}
+	return max(r.capacity-r.reserved, 0)
+}
 
 // rooms returns all nodes that have a worker, as of one moment.
 func (r *Registry) rooms(ctx context.Context) (map[string]room, error) {
 	resp, err := r.kv.Txn(ctx).Then(
 		clientv3.OpGet(r.key(workers, ""), clientv3.WithPrefix()),
 		clientv3.OpGet(r.key(reserved, ""), clientv3.WithPrefix()),
+		clientv3.OpGet(r.key(drained, ""), clientv3.WithPrefix(), clientv3.WithKeysOnly()),
 	).Commit()
 	if err != nil {
 		return nil, unavailable("get capacity", err)
@@ -310,6 +317,13 @@ func (r *Registry) rooms(ctx context.Context) (map[string]room, error) {
 		}
 		has.counter = kv
 		rooms[node] = has
+	}
+	for _, kv := range resp.Responses[2].GetResponseRange().Kvs {
+		node := r.name(drained, kv)
+		if has, ok := rooms[node]; ok {
+			has.drained = true
+			rooms[node] = has
+		}
 	}
 	return rooms, nil
 }

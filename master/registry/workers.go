@@ -211,9 +211,13 @@ func (r *Registry) Workers(ctx context.Context) ([]record.Worker, error) {
 	if err != nil {
 		return nil, err
 	}
+	drains, err := r.drains(ctx)
+	if err != nil {
+		return nil, err
+	}
 	ws := make([]record.Worker, len(kept))
 	for i, w := range kept {
-		ws[i] = record.Worker{Registration: w.Registration, Registered: w.Registered, ReservedBytes: rooms[w.Node].reserved}
+		ws[i] = record.Worker{Registration: w.Registration, Registered: w.Registered, ReservedBytes: rooms[w.Node].reserved, Drained: drains[w.Node].Since}
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -239,6 +243,10 @@ func (r *Registry) Gone(ctx context.Context) ([]record.Worker, error) {
 	for _, w := range alive {
 		here[w.Node] = true
 	}
+	drains, err := r.drains(ctx)
+	if err != nil {
+		return nil, err
+	}
 	var gone []record.Worker
 	for _, w := range all {
 		if here[w.Node] {
@@ -252,7 +260,7 @@ func (r *Registry) Gone(ctx context.Context) ([]record.Worker, error) {
 			continue
 		}
 		seen := time.Now().Add(time.Duration(ttl.TTL)*time.Second - r.forget).UTC()
-		gone = append(gone, record.Worker{Registration: w.Registration, Registered: w.Registered, Seen: seen, Gone: true})
+		gone = append(gone, record.Worker{Registration: w.Registration, Registered: w.Registered, Seen: seen, Gone: true, Drained: drains[w.Node].Since})
 	}
 	return gone, nil
 }
