@@ -30,6 +30,8 @@ func (f *faulty) openat(dir int, name string, flags int, perm uint32) (int, erro
 	op := "open"
 	if flags&unix.O_CREAT != 0 {
 		op = "create"
+	} else if flags&unix.O_DIRECT != 0 {
+		op = "open direct"
 	}
 	if err := f.failed(op); err != nil {
 		return -1, err
@@ -83,6 +85,11 @@ func (f *faulty) preadOnce(file *os.File, p []byte, off int64) (int, error) {
 }
 
 func (f *faulty) pwrite(file *os.File, p []byte, off int64) (int, error) {
+	if flags, err := unix.FcntlInt(file.Fd(), unix.F_GETFL, 0); err == nil && flags&unix.O_DIRECT != 0 {
+		if err := f.failed("write direct"); err != nil {
+			return 0, err
+		}
+	}
 	if err := f.failed("write"); err != nil {
 		n, _ := f.kernel.pwrite(file, p[:len(p)/2], off)
 		return n, err

@@ -26,6 +26,7 @@ type file struct {
 	err  error    // after open
 
 	verify sync.Mutex // one chunk at a time is checked; held across its reading
+	direct direct
 
 	leases  int              // under Store.mu
 	putting map[int]*putting // under Store.mu
@@ -357,7 +358,9 @@ func (f *File) ReadAt(p []byte, off int64) (int, error) {
 // Put adds chunk i, whose bytes are data, and returns when a SIGKILL cannot take it away any
 // more. Putting what is present changes nothing. The error wraps object.ErrNoSpace if the
 // chunk cannot be kept, for whatever reason; the bytes are good all the same.
-func (f *File) Put(i int, data []byte) error {
+func (f *File) Put(i int, data []byte) error { return f.putBy(f.pwrite, i, data) }
+
+func (f *File) putBy(write writer, i int, data []byte) error {
 	if i < 0 || i >= f.e.chunks() || len(data) != f.e.chunkLen(i) {
 		return fmt.Errorf("%w: chunk %d of %d bytes for %v", object.ErrInvalid, i, len(data), f.obj)
 	}
@@ -375,7 +378,7 @@ func (f *File) Put(i int, data []byte) error {
 		<-p.done
 		return p.err
 	}
-	p.err = f.put(i, data, p)
+	p.err = f.put(write, i, data, p)
 	f.s.mu.Lock()
 	delete(f.file.putting, i)
 	f.s.mu.Unlock()
@@ -402,7 +405,7 @@ func (f *File) claim(i int) (p *putting, mine bool) {
 	return p, true
 }
 
-func (f *File) put(i int, data []byte, p *putting) error {
+func (f *File) put(write writer, i int, data []byte, p *putting) error {
 	f.s.writing.RLock()
 	defer f.s.writing.RUnlock()
 	room := onDisk(len(data))
@@ -410,7 +413,7 @@ func (f *File) put(i int, data []byte, p *putting) error {
 	if err != nil {
 		return err
 	}
-	if _, err = f.s.dir.sys.pwrite(f.file.f, data, int64(i)*object.ChunkSize); err == nil {
+	if err = write(data, int64(i)*object.ChunkSize); err == nil {
 		err = f.record(i, xxhash.Sum64(data))
 	}
 	s, e := f.s, f.e
@@ -650,7 +653,7 @@ func (f *File) Close() error {
 	s.mu.Unlock()
 	var err error
 	if f.file.f != nil {
-		err = f.file.f.Close()
+		err = errors.Join(f.file.direct.close(), f.file.f.Close())
 	}
 	if e.present.Load() == 0 && (e.size > 0 || f.file.err != nil) {
 		s.dropUnused(e)

@@ -81,8 +81,9 @@ type Store struct {
 
 	noLeases sync.Once
 
-	handed  atomic.Bool  // another process has the directory
-	writing sync.RWMutex // held for reading by whoever makes or writes a cache file; taken before evicting
+	handed   atomic.Bool  // another process has the directory
+	indirect atomic.Bool  // the file system has refused to write past the page cache
+	writing  sync.RWMutex // held for reading by whoever makes or writes a cache file; taken before evicting
 
 	evicting sync.Mutex // one eviction or probe at a time; held across its file I/O, taken before mu
 
