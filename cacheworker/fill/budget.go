@@ -15,6 +15,8 @@ type budget struct {
 	reserve      int64
 	reserveSlots int
 
+	feed func() // called when a fetch has begun to wait: may give bytes
+
 	mu     sync.Mutex // guards the fields below
 	free   int64
 	slots  int
@@ -34,6 +36,7 @@ func newBudget(bytes int64, requests int) *budget {
 	return &budget{
 		total: bytes, free: bytes, slots: requests,
 		reserve: bytes / 4, reserveSlots: max(1, requests/4),
+		feed: func() {},
 	}
 }
 
@@ -48,6 +51,16 @@ func (b *budget) waiting() int {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return len(b.queue) + len(b.low)
+}
+
+// starved reports whether the fetch that is next lacks bytes.
+func (b *budget) starved() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.queue) > 0 {
+		return b.free < b.queue[0].bytes
+	}
+	return len(b.low) > 0 && b.free-b.low[0].bytes < b.reserve
 }
 
 // take waits for bytes and a request, as a foreground fetch.
@@ -66,6 +79,7 @@ func (b *budget) wait(ctx context.Context, bytes int64, queue *[]*claim) error {
 	*queue = append(*queue, c)
 	b.dispatch()
 	b.mu.Unlock()
+	b.feed()
 	select {
 	case <-c.ready:
 		return nil

@@ -139,7 +139,7 @@ func (r *Reader) startBackground(ctx context.Context, first, end int) ([]*chunk,
 func (f *Fills) awaitStored(ctx context.Context, c *chunk) error {
 	for {
 		f.mu.Lock()
-		if c.left || c.elem != nil {
+		if c.left || c.elem != nil || c.ready != nil {
 			defer f.mu.Unlock()
 			if c.elem != nil {
 				return object.ErrNoSpace
@@ -167,7 +167,7 @@ func (f *Fills) storeAgain(file *cachestore.File, c *chunk) error {
 	if !kept {
 		return object.ErrNoSpace
 	}
-	if err := c.put(file); err != nil {
+	if err := c.put(file, file.Put); err != nil {
 		return err
 	}
 	f.mu.Lock()

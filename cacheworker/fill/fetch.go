@@ -35,6 +35,9 @@ type chunk struct {
 	over bool   // all here, or err
 	left bool   // no longer in the map: stored, failed or forgotten
 
+	given  atomic.Int64                    // bytes that readers got
+	ready  *list.Element                   // in Fills.ready
+	since  time.Time                       // in Fills.ready
 	passed bool                            // somebody has read its last byte
 	asked  atomic.Bool                     // somebody has got bytes of it
 	marked atomic.Pointer[cachestore.File] // with a mark that is not counted yet; unmarked where there will be none
@@ -315,15 +318,15 @@ func (f *Fills) write(ctx context.Context, ft *fetch) {
 
 // put writes the chunk to the disk, marked if nobody has asked for it. From then on whoever takes the mark away
 // counts the chunk: it may be read there and in memory at the same time.
-func (c *chunk) put(file *cachestore.File) error {
+func (c *chunk) put(file *cachestore.File, put func(int, []byte) error) error {
 	if !c.unasked() {
-		return file.Put(c.key.i, c.buf)
+		return put(c.key.i, c.buf)
 	}
 	file.MarkUnread(c.key.i)
 	if !c.marked.CompareAndSwap(nil, file) { // asked for meanwhile
 		file.Unmark(c.key.i)
 	}
-	err := file.Put(c.key.i, c.buf)
+	err := put(c.key.i, c.buf)
 	if err != nil && c.marked.CompareAndSwap(file, nil) {
 		file.Unmark(c.key.i)
 	}
@@ -348,13 +351,28 @@ func (f *Fills) got(c *chunk) {
 	f.count.foreseen.Add(uint64(bytes))
 }
 
+// put has the chunk written when it is its turn: past the page cache what waits in memory for its reader, unless the disk is
+// behind; through it what is read here and there, because whoever does that comes back.
 func (f *Fills) put(ctx context.Context, file *cachestore.File, c *chunk) (err error) {
 	_, span := telemetry.Child(ctx, "cache.write")
 	defer func() { span.End(&err) }()
 	span.Int("chunk", int64(c.key.i))
-	f.writers <- struct{}{}
-	defer func() { <-f.writers }()
-	return c.put(file)
+	var behind chan struct{} // nil as long as the disk keeps up
+	if f.count.unwritten.Load()*object.ChunkSize > f.cfg.MaxInFlightBytes/4 {
+		behind = f.writers
+	}
+	direct := f.direct
+	if !c.fetch.streamed() {
+		direct, behind = nil, f.writers
+	}
+	select {
+	case direct <- struct{}{}:
+		defer func() { <-f.direct }()
+		return c.put(file, file.PutDirect)
+	case behind <- struct{}{}:
+		defer func() { <-f.writers }()
+		return c.put(file, file.Put)
+	}
 }
 
 // written ends the fetch of a whole chunk, which is on the disk unless err says why not.
@@ -365,7 +383,9 @@ func (f *Fills) written(c *chunk, err error) {
 	f.count.unwritten.Add(-1)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if err == nil {
+	if err == nil && f.waits(c) {
+		f.keepReady(c)
+	} else if err == nil {
 		f.gen++
 		f.leave(c, nil)
 	} else if !c.left {
@@ -520,6 +540,9 @@ func (f *Fills) done(c *chunk, satisfied bool) {
 	defer f.mu.Unlock()
 	if !satisfied || c.over {
 		f.lessInterest(c)
+	}
+	if c.ready != nil && c.given.Load() >= int64(c.size) {
+		f.dropReady(c)
 	}
 	f.unref(c)
 }

@@ -32,6 +32,7 @@ const (
 	minStreamRead = 256 << 10       // bytes read in a row before there is read-ahead
 	firstWindow   = 32 * mib        // that a stream's window may grow to without asking how the store is
 	leastFlight   = 8 * mib         // that a stream may have on its way however slow it is
+	directPuts    = 4               // at once: as many as a disk likes
 )
 
 // Config of [Fills]. The zero value works.
@@ -95,10 +96,12 @@ type Fills struct {
 	bufs   buffers
 	wg     sync.WaitGroup // fetches, HEADs, completers, learners
 
-	// writers holds one entry per Put under way. Bytes that arrive have the processors first:
-	// readers wait for them, and for the disk nobody does until the memory is used up.
-	writers chan struct{}
-	count   counters
+	// direct holds one entry per Put under way that goes past the page cache, and writers one per Put that copies. Those are
+	// for a disk that is behind, and few, because bytes that arrive have the processors first: readers wait for
+	// them, and for the disk nobody does until the memory is used up.
+	direct, writers chan struct{}
+	count           counters
+	nready          atomic.Int64 // length of ready
 
 	mu      sync.Mutex // guards everything below, and the chunks; never held across I/O
 	closed  bool
@@ -111,6 +114,7 @@ type Fills struct {
 	paces   map[object.Store]pace
 	recent  list.List // of *chunk with all bytes and no place in the cache; youngest in front
 	held    int64     // bytes in recent
+	ready   list.List // of *chunk that was read ahead and is on the disk, and waits for its reader; the last one stored at the back
 	ahead   int       // readers that are reading ahead
 	through int       // open readers for which the cache has no room
 	grants  map[headKey]memoryGrant
@@ -182,6 +186,7 @@ func New(cfg Config, store Store) *Fills {
 		cfg:     cfg,
 		store:   store,
 		budget:  newBudget(cfg.MaxInFlightBytes, cfg.MaxRequests),
+		direct:  make(chan struct{}, directPuts),
 		writers: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)),
 		chunks:  map[chunkKey]*chunk{},
 		fetches: map[*fetch]struct{}{},
@@ -196,6 +201,7 @@ func New(cfg Config, store Store) *Fills {
 		learners: make(chan struct{}, learners),
 	}
 	ctx, stop := context.WithCancel(context.Background())
+	f.budget.feed = f.feed
 	f.completer, f.stop = func() { f.work(ctx) }, stop
 	return f
 }
@@ -216,6 +222,9 @@ func (f *Fills) Close() error {
 	f.mu.Lock()
 	for f.recent.Len() > 0 {
 		f.forget(f.recent.Front().Value.(*chunk))
+	}
+	for f.ready.Len() > 0 {
+		f.dropReady(f.ready.Front().Value.(*chunk))
 	}
 	f.mu.Unlock()
 	f.bufs.close()

@@ -172,6 +172,7 @@ func (r *Reader) Close() error {
 	f := r.f
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.dropReadyOf(r)
 	if r.through.Load() {
 		f.through--
 	}
@@ -193,7 +194,8 @@ func (r *Reader) Span(off int64, n int) (fd int, release func(), ok bool) {
 	if l == nil {
 		return 0, nil, false
 	}
-	if !has(l, chunkAt(off), chunkAt(off+int64(n)-1)) || !r.Granted() {
+	first, last := chunkAt(off), chunkAt(off+int64(n)-1)
+	if !has(l, first, last) || r.inMemory(first, last) || !r.Granted() {
 		l.release()
 		return 0, nil, false
 	}
@@ -263,7 +265,7 @@ func (r *Reader) step(ctx context.Context, p []byte, off int64, lend *Loan) erro
 	if r.fresh() {
 		// Ask first.
 	} else if l := r.leased(); l != nil {
-		if has(l, first, last) {
+		if has(l, first, last) && !r.inMemory(first, last) {
 			n, err := l.file.ReadAt(p, off)
 			complete := l.file.Complete()
 			if n == len(p) {
@@ -362,7 +364,7 @@ func (r *Reader) join(i int) *chunk {
 	c := r.f.chunks[chunkKey{r.id, i}]
 	if c != nil {
 		r.f.want(c)
-		if c.elem == nil {
+		if c.elem == nil && c.ready == nil {
 			r.f.count.joined.Add(1)
 		}
 	}
@@ -462,6 +464,7 @@ func (r *Reader) copyOnce(ctx context.Context, c *chunk, p []byte, i int, off in
 	}
 	r.fromFetch(len(p), waited)
 	r.f.got(c)
+	c.given.Add(int64(len(p)))
 	if begin+len(p) == c.size {
 		r.f.pass(c)
 	}
@@ -548,14 +551,14 @@ func (r *Reader) goOn(ctx context.Context, st *stream) {
 		defer l.release()
 	}
 	longest := st.longestGet(r.f.cfg.MaxGetBytes)
-	window, flight := r.window(longest)
+	window, flight, pieces := r.window(longest)
 	chunks := r.obj.Chunks()
 	if end, ok := st.ends(r.parts); ok {
 		chunks = chunkAt(end + object.ChunkSize - 1)
 	} else if r.columnar.Load() {
 		window = min(window, st.run)
 	}
-	from, to, get := st.next(chunks, window, longest)
+	from, to, get := st.next(chunks, window, longest, pieces)
 	for from < to && r.onWay(st.way)+r.bytes(from, min(to, from+get)) <= flight {
 		end := min(to, from+get)
 		if !r.prefetch(ctx, l, st.way, from, end) {
@@ -598,8 +601,9 @@ const spare = 2
 
 // window is how far a stream may be read ahead, and how much of that may be on its way, in GETs of that size. It is the
 // reader's own arrivals that count: how fast a stream goes forward says little while it waits for one of many GETs.
-// Chunks that only the recent memory can hold must not push each other out before they are read.
-func (r *Reader) window(get int64) (window, flight int64) {
+// Chunks that only the recent memory can hold must not push each other out before they are read. And it is in how many
+// pieces the window is asked for: all who read ahead use the link together, and each GET costs the store and us something.
+func (r *Reader) window(get int64) (window, flight int64, pieces int) {
 	f := r.f
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -608,10 +612,13 @@ func (r *Reader) window(get int64) (window, flight int64) {
 		flight = max(leastFlight, f.paces[r.obj.Store].inFlight(spare*r.came.rate, get))
 		window = max(firstWindow, 2*flight)
 	}
+	// What comes before its reader needs it waits in memory, which all readers share.
+	readers := max(1, f.ahead)
+	window = min(window, max(leastFlight, (f.budget.total-f.budget.reserve)/int64(readers)))
 	if r.through.Load() {
 		window = min(window, f.cfg.RecentBytes/int64(2*max(1, f.through)))
 	}
-	return min(window, f.cfg.MaxWindowBytes), flight
+	return min(window, f.cfg.MaxWindowBytes), flight, max(leastPieces, mostPieces/readers)
 }
 
 // prefetch asks for the absent ones of the chunks [from, to), and reports whether there was memory
@@ -634,7 +641,7 @@ func (r *Reader) prefetch(ctx context.Context, l *lease, w *way, from, to int) b
 			return true
 		}
 		size := r.bytes(from, end)
-		if !r.share(size) || !f.budget.try(size) {
+		if !r.share(size) || !f.budget.try(size) && !(f.giveWay(r, w, size) && f.budget.try(size)) {
 			return false
 		}
 		from = r.startAhead(ctx, w, from, end, gen, size)

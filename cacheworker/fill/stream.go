@@ -7,11 +7,13 @@ import (
 )
 
 const (
-	maxStreams = 16
-	slackAhead = 2 * mib // a read so far in front of a stream may still be part of it: the kernel's come in any order
-	slackBack  = 8 * mib
-	leastGet   = 2       // chunks
-	minLong    = 4 * mib // of a stream in whose file the next one is believed to be long, too
+	maxStreams  = 16
+	slackAhead  = 2 * mib // a read so far in front of a stream may still be part of it: the kernel's come in any order
+	slackBack   = 8 * mib
+	leastGet    = 2       // chunks
+	mostPieces  = 8       // GETs in which one who reads alone asks for a window
+	leastPieces = 2       // and one of many: the next has to be on its way when one ends
+	minLong     = 4 * mib // of a stream in whose file the next one is believed to be long, too
 )
 
 // stream is a row of reads that goes forward through a file.
@@ -120,7 +122,7 @@ func (st *stream) longestGet(most int64) int64 {
 // GET. The stream is sequential. The window grows with what was read in a row, so that it opens within a few round
 // trips; it begins with a little, or with more where the file is read from its beginning, which hardly anybody
 // does who wants less than all of it. At the file's end the GETs become shorter, so that they end together.
-func (st *stream) next(chunks int, maxWindow, maxGet int64) (from, to, get int) {
+func (st *stream) next(chunks int, maxWindow, maxGet int64, pieces int) (from, to, get int) {
 	least := max(minLong, min(st.hope, firstWindow))
 	if st.start == 0 {
 		least = max(least, 4*minLong)
@@ -128,8 +130,8 @@ func (st *stream) next(chunks int, maxWindow, maxGet int64) (from, to, get int) 
 	window := min(least+4*st.run, maxWindow)
 	from = max(st.ahead, chunkAt(st.end+object.ChunkSize-1))
 	to = min(chunks, chunkAt(st.end+window+object.ChunkSize-1))
-	get = int(min(window/8, maxGet) / object.ChunkSize)
-	get = max(min(get, (chunks-from)/8), leastGet, 1)
+	get = int(min(window/int64(pieces), maxGet) / object.ChunkSize)
+	get = max(min(get, (chunks-from)/pieces), leastGet, 1)
 	if to-from < get && to < chunks {
 		return 0, 0, 0
 	}
