@@ -116,7 +116,7 @@ func TestTheLinkIsUsed(t *testing.T) {
 		{"EightReaders", 400e6, false, 8, func(w *world, r *Reader, obj object.Object) { w.sequence(r, 0, obj.Size) }, 3},
 		{"EightReadersOfAnUnevenStore", 400e6, true, 8, func(w *world, r *Reader, obj object.Object) { w.sequence(r, 0, obj.Size) }, 4},
 		{"RandomStarts", 400e6, false, 1, randomStarts, 5},
-		{"RandomStartsInAnUnevenStore", 400e6, true, 1, randomStarts, 6},
+		{"RandomStartsInAnUnevenStore", 400e6, true, 1, randomStarts, 8},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			bubble(t, Config{}, func(t *testing.T, w *world) {
