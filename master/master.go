@@ -70,6 +70,51 @@ func (m *Master) ApplyMounts(ctx context.Context, ms []record.Mount) error {
 	return reg.ApplyMounts(ctx, ms)
 }
 
+// CreateJob makes a job, of a Kubernetes object's uid one. What it names is below under-store URIs or paths of the namespace.
+func (m *Master) CreateJob(ctx context.Context, spec record.JobSpec) (record.Job, error) {
+	reg := m.serving.Load()
+	if reg == nil {
+		return record.Job{}, errNotServing
+	}
+	if spec.Object != "" { // what it named may have gone since
+		if j, err := reg.Job(ctx, record.JobOf(spec.Kind, spec.Object)); !errors.Is(err, record.ErrNotFound) {
+			return j, err
+		}
+	}
+	var err error
+	if spec.URIs, err = inStores(ctx, reg, spec.URIs); err != nil {
+		return record.Job{}, err
+	}
+	return reg.CreateJob(ctx, spec)
+}
+
+// Job returns one, ErrNotFound if there is none.
+func (m *Master) Job(ctx context.Context, id string) (record.Job, error) {
+	reg := m.serving.Load()
+	if reg == nil {
+		return record.Job{}, errNotServing
+	}
+	return reg.Job(ctx, id)
+}
+
+// ObjectJobs are those of Kubernetes objects, without their nodes.
+func (m *Master) ObjectJobs(ctx context.Context) ([]record.Job, error) {
+	reg := m.serving.Load()
+	if reg == nil {
+		return nil, errNotServing
+	}
+	return reg.ObjectJobs(ctx)
+}
+
+// CancelJob has the workers stop. It is idempotent.
+func (m *Master) CancelJob(ctx context.Context, id string) error {
+	reg := m.serving.Load()
+	if reg == nil {
+		return errNotServing
+	}
+	return reg.CancelJob(ctx, id)
+}
+
 // Run serves until ctx ends, and returns nil then; or until the store fails.
 func (m *Master) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)

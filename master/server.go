@@ -97,7 +97,7 @@ func (s *server) workers(ctx context.Context, gone bool) ([]record.Worker, error
 }
 
 func (s *server) Locate(ctx context.Context, req *masterpb.LocateRequest) (*masterpb.LocateResponse, error) {
-	uris, err := s.inStores(ctx, []string{req.GetUri()})
+	uris, err := inStores(ctx, s.reg, []string{req.GetUri()})
 	if err != nil {
 		return nil, err
 	}
@@ -127,7 +127,7 @@ func (s *server) Locate(ctx context.Context, req *masterpb.LocateRequest) (*mast
 }
 
 // inStores says where what paths of the namespace show lies; URIs stay as they are.
-func (s *server) inStores(ctx context.Context, written []string) (uris []string, err error) {
+func inStores(ctx context.Context, reg *registry.Registry, written []string) (uris []string, err error) {
 	var mounts []record.Mount
 	for _, w := range written {
 		if !strings.HasPrefix(w, "/") {
@@ -135,7 +135,7 @@ func (s *server) inStores(ctx context.Context, written []string) (uris []string,
 			continue
 		}
 		if mounts == nil {
-			t, err := s.reg.Mounts(ctx)
+			t, err := reg.Mounts(ctx)
 			if err != nil {
 				return nil, err
 			}
@@ -229,12 +229,7 @@ func (s *server) RestoreMounts(ctx context.Context, req *masterpb.MountTable) (*
 }
 
 func (s *server) CreateJob(ctx context.Context, req *masterpb.CreateJobRequest) (*masterpb.Job, error) {
-	spec := req.Spec()
-	var err error
-	if spec.URIs, err = s.inStores(ctx, spec.URIs); err != nil {
-		return nil, err
-	}
-	j, err := s.reg.CreateJob(ctx, spec)
+	j, err := s.master.CreateJob(ctx, req.Spec())
 	return masterpb.FromJob(j), err
 }
 

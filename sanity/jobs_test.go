@@ -2,6 +2,7 @@ package sanity
 
 import (
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"net/http"
@@ -16,6 +17,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/larderfs/larder/driver/kube"
+	"github.com/larderfs/larder/sanity/kubetest"
 	"github.com/larderfs/larder/sanity/s3test"
 )
 
@@ -309,5 +312,63 @@ func TestDoctor(t *testing.T) {
 	a.start("master") // to unpublish
 	if err := a.WaitReady(t.Context()); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A Load object of a cluster is a job: its status says how far that is, and with the object it goes.
+func TestALoadObjectIsAJob(t *testing.T) {
+	store := s3test.Start(t)
+	put(t, store, map[string][]byte{"ds/a": pattern(100, 1), "ds/b": pattern(2<<20, 2)})
+	api := kubetest.StartCustom(t, "/apis/"+kube.MountsAPI+"/loads")
+	config := api.Kubeconfig(t)
+	a := startApart(t, store.Endpoint, "worker", "--listen=127.0.0.1:0", "master", "--mount-objects", "master", "--kubeconfig="+config)
+	publish(t, a.Kubelet, bucket(store, "v", "ds"))
+	larder := func(args ...string) (string, error) {
+		out, err := exec.CommandContext(t.Context(), larderBinary, append(args, "--kubeconfig", config)...).Output()
+		return strings.TrimSpace(string(out)), err
+	}
+	uri := "s3://" + store.Bucket + "/ds"
+	out, err := larder("load", uri, "-o", "json")
+	var done struct {
+		Object, State string
+		Files, Bytes  int64
+	}
+	if err = errors.Join(err, json.Unmarshal([]byte(out), &done)); err != nil || done.State != "done" || done.Files != 2 || done.Bytes != 2<<20+100 {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if s := api.Field(done.Object, "status", "conditions", "0", "status") + " " + api.Field(done.Object, "status", "nodes"); s != "True 1/1" {
+		t.Error(s)
+	}
+	if j, err := a.run(t, "job", "show", api.Field(done.Object, "status", "job")); err != nil || j.State != "done" || j.Files != 2 {
+		t.Errorf("%+v, %v", j, err)
+	}
+	if _, err := a.run(t, "free", uri); err != nil {
+		t.Fatal(err)
+	}
+	asked := make(chan struct{}, 100)
+	store.SetHook(func(w http.ResponseWriter, r *http.Request, req s3test.Request, next http.Handler) {
+		if req.Kind != s3test.Get {
+			next.ServeHTTP(w, r)
+			return
+		}
+		asked <- struct{}{}
+		<-r.Context().Done()
+	})
+	name, err := larder("load", uri, "--detach")
+	if err != nil {
+		t.Fatal(name)
+	}
+	<-asked
+	a.await(func() bool { return api.Field(name, "status", "state") == "running" })
+	id := api.Field(name, "status", "job")
+	c, err := kube.Connect(config, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Loads().Delete(t.Context(), name); err != nil {
+		t.Fatal(err)
+	}
+	if j, err := a.run(t, "job", "show", id, "--follow"); err == nil || j.State != "canceled" {
+		t.Errorf("its object is gone: %+v, %v", j, err)
 	}
 }

@@ -60,10 +60,11 @@ func loadCommand() *cobra.Command {
   larder load /sales/2026
   larder load /sales /dimensions --nodes all
   larder load s3://bucket/a/ s3://bucket/b/ --nodes node-1,node-2
+  larder load /sales/2026
 
 Without --nodes, those nodes do it where a volume of it is published; each reads with the volume's credential. Nodes that
 are named, or all, read what they have no volume of with the credential of the mount that shows it (larder mount), and fail where
-they have none. The job goes on when this command is interrupted, and when workers or the master are killed; what is cached
+they have none. A drained node (larder worker drain) does nothing. The job goes on when this command is interrupted, and when workers or the master are killed; what is cached
 already is not fetched again.`,
 	})
 }
@@ -104,7 +105,7 @@ var defaultNodes = map[record.JobKind]string{
 
 // startCommand is a command that makes a job and follows it.
 func startCommand(kind record.JobKind, cmd *cobra.Command) *cobra.Command {
-	var q question
+	q := clusterQuestion{}
 	var spec client.JobSpec
 	var nodes string
 	var detach bool
@@ -113,6 +114,18 @@ func startCommand(kind record.JobKind, cmd *cobra.Command) *cobra.Command {
 		spec.Kind, spec.URIs = kind, args
 		if spec.All = nodes == "all"; nodes != "" && !spec.All {
 			spec.Nodes = strings.Split(nodes, ",")
+		}
+		if err := q.check(); err != nil {
+			return err
+		}
+		if kind == record.Load || kind == record.Pin {
+			c, cluster, err := q.connect()
+			if err != nil {
+				return err
+			}
+			if c != nil {
+				return q.loadObject(cmd, c.Loads(), cluster, spec, detach)
+			}
 		}
 		return q.ask(cmd.Context(), func(ctx context.Context, m *client.Client) error {
 			j, err := createSoon(ctx, m, spec)
@@ -128,7 +141,11 @@ func startCommand(kind record.JobKind, cmd *cobra.Command) *cobra.Command {
 			return q.follow(ctx, m, j, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		})
 	}
-	q.flags(cmd)
+	if kind == record.Load || kind == record.Pin {
+		q.flags(cmd, "makes the job of a Load object")
+	} else {
+		q.question.flags(cmd)
+	}
 	f := cmd.Flags()
 	f.StringVar(&spec.Endpoint, "endpoint", "", "`URL` of the S3 store; empty for all that have such a bucket")
 	f.StringVar(&nodes, "nodes", "", "`names` of nodes with commas between, or all (default "+defaultNodes[kind]+")")
@@ -158,7 +175,7 @@ const createWithin = 10 * time.Second
 func (q *question) follow(ctx context.Context, m *client.Client, j client.Job, out, progress io.Writer) error {
 	bar := newMeter(progress)
 	for !j.State().Ended() {
-		bar.show(newJobEntry(j))
+		bar.show(newJobEntry(j).progress())
 		select {
 		case <-time.After(followEvery):
 		case <-ctx.Done():
@@ -207,24 +224,28 @@ func newMeter(out io.Writer) *meter {
 // plainEvery is how often a line is written where lines stay.
 const plainEvery = 10 * time.Second
 
-func (b *meter) show(e jobEntry) {
+func (b *meter) show(progress string) {
 	now := time.Now()
 	if !b.terminal && now.Sub(b.last) < plainEvery {
 		return
 	}
 	b.last, b.shown = now, true
+	line := progress + ", " + age(now.Sub(b.since))
+	if b.terminal {
+		fmt.Fprintf(b.out, "\r\x1b[K%s", line)
+		return
+	}
+	fmt.Fprintln(b.out, line)
+}
+
+func (e jobEntry) progress() string {
 	ended := 0
 	for _, n := range e.Nodes {
 		if n.State.Ended() {
 			ended++
 		}
 	}
-	line := fmt.Sprintf("%s %s: %d files, %s, %d of %d nodes ended, %s", e.Job, e.State, e.Files, bytes(e.Bytes), ended, len(e.Nodes), age(now.Sub(b.since)))
-	if b.terminal {
-		fmt.Fprintf(b.out, "\r\x1b[K%s", line)
-		return
-	}
-	fmt.Fprintln(b.out, line)
+	return fmt.Sprintf("%s %s: %d files, %s, %d of %d nodes ended", e.Job, e.State, e.Files, bytes(e.Bytes), ended, len(e.Nodes))
 }
 
 func (b *meter) end() {

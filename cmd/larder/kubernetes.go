@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	"github.com/spf13/pflag"
+	"golang.org/x/sync/errgroup"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/klog/v2"
@@ -15,6 +16,7 @@ import (
 	"github.com/larderfs/larder/cacheworker/object"
 	"github.com/larderfs/larder/driver"
 	"github.com/larderfs/larder/driver/kube"
+	"github.com/larderfs/larder/driver/kubeloads"
 	"github.com/larderfs/larder/driver/kubemounts"
 	"github.com/larderfs/larder/driver/localpv"
 	"github.com/larderfs/larder/master"
@@ -80,7 +82,7 @@ func secretReader(c *kube.Client) func(ctx context.Context, namespace, name stri
 	}
 }
 
-// followObjects has the mounts of a master be those of the cluster's objects, until ctx ends.
+// followObjects has the mounts of a master be those of the cluster's objects, and its jobs do what they ask for, until ctx ends.
 func followObjects(ctx context.Context, m *master.Master, kubeconfig string, log *slog.Logger) error {
 	klog.SetSlogLogger(log)
 	c, err := kube.Connect(kubeconfig, "larder/"+version)
@@ -89,10 +91,13 @@ func followObjects(ctx context.Context, m *master.Master, kubeconfig string, log
 	}
 	select {
 	case <-m.Ready():
-		return kubemounts.New(c.Mounts(), m, log).Run(ctx)
 	case <-ctx.Done():
 		return nil
 	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return kubemounts.New(c.Mounts(), m, log).Run(ctx) })
+	g.Go(func() error { return kubeloads.New(c.Loads(), m, log).Run(ctx) })
+	return g.Wait()
 }
 
 // localVolumes offers datasets; nil if it is told of none.

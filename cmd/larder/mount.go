@@ -309,17 +309,24 @@ func findMount(ctx context.Context, t mountTable, path string) (client.Mount, er
 	return client.Mount{}, fmt.Errorf("no mount has the path %s; larder mount ls shows them: %w", path, client.ErrNotFound)
 }
 
-// mountQuestion is asked of the cluster, where there is one, or of the master.
-type mountQuestion struct {
+// clusterQuestion is for the cluster, where there is one, or for the master.
+type clusterQuestion struct {
 	question
 	kubeconfig string
 	dirGiven   func() bool
 }
 
-func (q *mountQuestion) flags(cmd *cobra.Command) {
+func (q *clusterQuestion) flags(cmd *cobra.Command, what string) {
 	q.question.flags(cmd)
-	cmd.Flags().StringVar(&q.kubeconfig, "kubeconfig", "", "kubeconfig `file` of a cluster that keeps mounts as Mount objects (default this pod's cluster, unless --master or --dir is given; else the master)")
+	cmd.Flags().StringVar(&q.kubeconfig, "kubeconfig", "", "kubeconfig `file` of a cluster that "+what+" (default this pod's cluster, unless --master or --dir is given; else the master)")
 	q.dirGiven = func() bool { return cmd.Flags().Changed("dir") }
+}
+
+// mountQuestion is about mounts.
+type mountQuestion struct{ clusterQuestion }
+
+func (q *mountQuestion) flags(cmd *cobra.Command) {
+	q.clusterQuestion.flags(cmd, "keeps mounts as Mount objects")
 }
 
 func (q *mountQuestion) ask(ctx context.Context, f func(context.Context, mountTable) error) error {

@@ -23,20 +23,21 @@ type objectTable struct {
 	trouble map[string]string // by object, as of the last Mounts: why it is no mount
 }
 
-// cluster is the one that a kubeconfig names, or whose pod this is; nil if there is none.
-func (q *mountQuestion) cluster() (*objectTable, error) {
+// connect reaches the cluster that a kubeconfig names, or whose pod this is; nil if there is none.
+func (q *clusterQuestion) connect() (c *kube.Client, name string, err error) {
 	if q.kubeconfig == "" && (q.master != "" || q.dirGiven()) { // a master was named
-		return nil, nil
+		return nil, "", nil
 	}
-	c, err := kube.Connect(q.kubeconfig, "larder/"+version)
+	c, err = kube.Connect(q.kubeconfig, "larder/"+version)
 	if errors.Is(err, kube.ErrNoCluster) {
-		return nil, nil
+		return nil, "", nil
 	}
-	name := q.kubeconfig
-	if name == "" {
-		name = "this pod's cluster"
-	}
-	if err != nil {
+	return c, cmp.Or(q.kubeconfig, "this pod's cluster"), err
+}
+
+func (q *mountQuestion) cluster() (*objectTable, error) {
+	c, name, err := q.connect()
+	if c == nil || err != nil {
 		return nil, err
 	}
 	return &objectTable{objects: c.Mounts(), cluster: name}, nil
@@ -106,19 +107,24 @@ func (o *objectTable) DeleteMount(ctx context.Context, path string) error {
 	return nil
 }
 
-// explain says what an administrator has to do.
 func (o *objectTable) explain(doing string, err error) error {
+	if apierrors.IsAlreadyExists(err) || apierrors.IsConflict(err) {
+		return fmt.Errorf("%s in %s: somebody else has just changed it; look with larder mount ls and try again: %w", doing, o.cluster, err)
+	}
+	return explainObjects(doing, "mounts", o.cluster, err)
+}
+
+// explainObjects says what an administrator has to do.
+func explainObjects(doing, kind, cluster string, err error) error {
 	switch {
 	case err == nil:
 		return nil
 	case apierrors.IsNotFound(err):
-		return fmt.Errorf("%s in %s: it does not know mounts.%s: apply the CustomResourceDefinition of Larder's manifests, or name a master with --master: %w", doing, o.cluster, kube.Group, client.ErrNotFound)
+		return fmt.Errorf("%s in %s: it does not know %s.%s: apply the CustomResourceDefinitions of Larder's manifests, or name a master with --master: %w", doing, cluster, kind, kube.Group, client.ErrNotFound)
 	case apierrors.IsForbidden(err):
-		return fmt.Errorf("%s in %s: you may not; ask for the rights to mounts.%s: %w", doing, o.cluster, kube.Group, err)
-	case apierrors.IsAlreadyExists(err), apierrors.IsConflict(err):
-		return fmt.Errorf("%s in %s: somebody else has just changed it; look with larder mount ls and try again: %w", doing, o.cluster, err)
+		return fmt.Errorf("%s in %s: you may not; ask for the rights to %s.%s: %w", doing, cluster, kind, kube.Group, err)
 	}
-	return fmt.Errorf("%s in %s: %w", doing, o.cluster, err)
+	return fmt.Errorf("%s in %s: %w", doing, cluster, err)
 }
 
 var notInNames = regexp.MustCompile(`[^a-z0-9]+`)

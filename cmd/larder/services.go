@@ -66,7 +66,7 @@ external cluster by --etcd-endpoints. Three masters embed one etcd together by -
 			l.flags(f, "127.0.0.1:9810")
 			f.DurationVar(&c.WorkerLease, "worker-lease", 30*time.Second, "how long a worker is believed alive without a heartbeat")
 			f.DurationVar(&c.WorkerForget, "worker-forget", time.Hour, "how long one without a heartbeat is listed as gone")
-			f.BoolVar(&c.MountObjects, "mount-objects", false, "take the mounts of the namespace from the cluster's Mount objects (mounts.larder.dev), and from no call")
+			f.BoolVar(&c.MountObjects, "mount-objects", false, "take the mounts of the namespace from the cluster's Mount objects (mounts.larder.dev), and from no call; and do what its Load objects (loads.larder.dev) ask for")
 			f.StringVar(&kubeconfig, "kubeconfig", "", "kubeconfig `file` for those (default the pod's service account)")
 			f.StringVar(&c.Member.Name, "name", "", "`name` of this one of several masters")
 			f.StringVar(&c.Member.Cluster, "initial-cluster", "", "all masters that embed one etcd, as `NAME=URL,…`, alike on each: a=http://host:2380,b=…")

@@ -1,6 +1,8 @@
 package record
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
@@ -42,6 +44,7 @@ type JobSpec struct {
 	Endpoint string   // of an S3 store; "" for all that have such a bucket
 	Nodes    []string // none for all nodes with a worker
 	All      bool     // of all nodes without a name none is skipped because it has no volume of a URI
+	Object   string   // uid of the Kubernetes object that asks for it, which has one job however often it does; "" for none
 }
 
 // Job is work on what nodes have cached.
@@ -52,6 +55,7 @@ type Job struct {
 	Endpoint string    `json:"endpoint,omitempty"`
 	Named    bool      `json:"named,omitempty"` // the nodes were, or all are meant: to be unable to read a URI is a failure there
 	Canceled bool      `json:"canceled,omitempty"`
+	Object   string    `json:"object,omitempty"` // uid of the Kubernetes object that asked for it
 	Created  time.Time `json:"created"`
 	Targets  []string  `json:"nodes"`
 
@@ -92,7 +96,7 @@ func (s JobSpec) Validate() error {
 	}
 	for _, uri := range s.URIs[:min(len(s.URIs), maxURIs)] {
 		if _, err := ParseLocation(uri, s.Endpoint); err != nil {
-			errs = append(errs, err)
+			errs = append(errs, unwrapped(err))
 		}
 	}
 	if len(s.Nodes) > maxNodes {
@@ -100,6 +104,9 @@ func (s JobSpec) Validate() error {
 	}
 	for _, n := range s.Nodes {
 		errs = append(errs, checkName("node", n))
+	}
+	if s.Object != "" {
+		errs = append(errs, checkName("object", s.Object))
 	}
 	return invalid(errs)
 }
@@ -118,6 +125,12 @@ func (n JobNode) Validate() error {
 		errs = append(errs, errors.New("key or error are too long"))
 	}
 	return invalid(errs)
+}
+
+// JobOf is the id of the job of a Kubernetes object with that uid.
+func JobOf(kind JobKind, object string) string {
+	sum := sha256.Sum256([]byte(object))
+	return string(kind) + "-" + hex.EncodeToString(sum[:8])
 }
 
 // ValidJobID reports whether id can be a job's id.

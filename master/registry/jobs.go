@@ -27,36 +27,54 @@ func (r *Registry) CreateJob(ctx context.Context, spec record.JobSpec) (record.J
 	if err := spec.Validate(); err != nil {
 		return record.Job{}, err
 	}
+	id := string(spec.Kind) + "-" + strings.ToLower(rand.Text()[:10])
+	if spec.Object != "" {
+		id = record.JobOf(spec.Kind, spec.Object)
+	}
 	nodes, err := r.jobNodes(ctx, spec)
 	if err != nil {
 		return record.Job{}, err
 	}
 	j := record.Job{
-		ID: string(spec.Kind) + "-" + strings.ToLower(rand.Text()[:10]), Kind: spec.Kind, URIs: spec.URIs, Endpoint: spec.Endpoint,
-		Named: spec.All || len(spec.Nodes) > 0, Created: time.Now().UTC(), Targets: nodes,
+		ID: id, Kind: spec.Kind, URIs: spec.URIs, Endpoint: spec.Endpoint,
+		Named: spec.All || len(spec.Nodes) > 0, Object: spec.Object, Created: time.Now().UTC(), Targets: nodes,
 	}
 	lease, err := r.kv.Grant(ctx, int64(jobsKept/time.Second))
 	if err != nil {
 		return record.Job{}, unavailable("create job", err)
 	}
 	with := clientv3.WithLease(lease.ID)
-	var ops []clientv3.Op
+	var ops, more []clientv3.Op
 	for _, n := range nodes {
 		w := record.JobNode{Node: n, State: record.JobWaiting}
 		j.Nodes = append(j.Nodes, w)
-		ops = append(ops, clientv3.OpPut(r.workKey(n, j.ID), encode(w), with))
+		ops, more = append(ops, clientv3.OpPut(r.workKey(n, j.ID), encode(w), with)), append(more, clientv3.OpPut(r.key(news, n), j.ID))
 	}
 	ops = append(ops, clientv3.OpPut(r.key(jobs, j.ID), encode(j), with)) // last: without it the others say nothing
-	for _, n := range nodes {
-		ops = append(ops, clientv3.OpPut(r.key(news, n), j.ID))
+	if spec.Object != "" {
+		return j, r.putOnce(ctx, append(ops, more...))
 	}
-	for page := range slices.Chunk(ops, atOnce) {
+	for page := range slices.Chunk(append(ops, more...), atOnce) {
 		if _, err := r.kv.Txn(ctx).Then(page...).Commit(); err != nil {
 			return record.Job{}, unavailable("create job", err)
 		}
 	}
 	r.log.Info("job created", "job", j.ID, "uris", len(j.URIs), "nodes", len(nodes))
 	return j, nil
+}
+
+// putOnce puts what is not there yet: of the same job that another master makes workers may have begun to report.
+func (r *Registry) putOnce(ctx context.Context, ops []clientv3.Op) error {
+	for _, op := range ops {
+		txn := r.kv.Txn(ctx)
+		if key := string(op.KeyBytes()); !strings.HasPrefix(key, r.key(news, "")) {
+			txn = txn.If(unchanged(key, nil))
+		}
+		if _, err := txn.Then(op).Commit(); err != nil {
+			return unavailable("create job", err)
+		}
+	}
+	return nil
 }
 
 // jobNodes checks the names, or returns all nodes if there are none. A drained node gets no job that brings it something.
@@ -130,6 +148,24 @@ func (r *Registry) Jobs(ctx context.Context) ([]record.Job, error) {
 		}
 	}
 	slices.SortFunc(js, func(a, b record.Job) int { return cmp.Or(b.Created.Compare(a.Created), cmp.Compare(a.ID, b.ID)) })
+	return js, nil
+}
+
+// ObjectJobs are those of Kubernetes objects, without their nodes.
+func (r *Registry) ObjectJobs(ctx context.Context) (js []record.Job, err error) {
+	resp, err := r.kv.Get(ctx, r.key(jobs, ""), clientv3.WithPrefix())
+	if err != nil {
+		return nil, unavailable("list jobs", err)
+	}
+	for _, kv := range resp.Kvs {
+		j, err := decode[record.Job](kv)
+		if err != nil {
+			return nil, err
+		}
+		if j.Object != "" {
+			js = append(js, j)
+		}
+	}
 	return js, nil
 }
 
