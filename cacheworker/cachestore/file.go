@@ -236,14 +236,11 @@ func (s *Store) recordEmpty(f *File) {
 	s.mu.Lock()
 	f.e.indexed = true
 	s.mu.Unlock()
-	s.index.writeLazily(f.recordObject)
+	since := time.Now() // f may be told another time while the index writes
+	s.index.writeLazily(func(b *pebble.Batch) error { return f.recordObject(b, since) })
 }
 
-func (f *File) recordObject(b *pebble.Batch) error {
-	since := f.since
-	if since.IsZero() {
-		since = time.Now()
-	}
+func (f *File) recordObject(b *pebble.Batch, since time.Time) error {
 	return errors.Join(b.Set(objectKey(f.e.Key, f.e.nonce), encodeObject(f.obj, f.e.tail), nil), b.Set(sinceKey(f.e.Key, f.e.nonce), encodeSince(since), nil))
 }
 
@@ -469,12 +466,16 @@ func (f *File) putRoom(room int64, p *putting) error {
 func (f *File) record(i int, sum uint64) error {
 	e, s := f.e, f.s
 	first := e.present.Load() == 0
+	since := f.since
+	if since.IsZero() {
+		since = time.Now()
+	}
 	s.mu.Lock()
 	e.indexed = true
 	s.mu.Unlock()
 	return s.index.write(func(b *pebble.Batch) error {
 		if first {
-			if err := f.recordObject(b); err != nil {
+			if err := f.recordObject(b, since); err != nil {
 				return err
 			}
 		}
