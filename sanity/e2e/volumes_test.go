@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
@@ -10,6 +11,7 @@ import (
 	core "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 )
 
 const (
@@ -35,6 +37,7 @@ func volumeScenarios() []scenario {
 		{name: "a generic ephemeral volume goes with its pod", run: ephemeralIsRead},
 		{name: "a 10 TiB claim of a shared dataset is bound, and a Deployment reads it on both nodes", run: deploymentOnAllNodes},
 		{name: "every attempt to write gets EROFS", run: writesAreRefused},
+		{name: "a Load object caches a dataset where a pod has it, before that reads it", run: loadObjectIsDone},
 	}
 }
 
@@ -177,4 +180,46 @@ func writesAreRefused(t *test) {
 		t.mustExec("writer", "probe", "write", mountPath(i)+"/domain")
 		t.verify("writer", d, i)
 	}
+}
+
+func loadObjectIsDone(t *test) {
+	d := t.put(4, 3<<20+1)
+	t.run("reader", on(t.nodes[0], podSpec(inline(t.secret(), d.attributes()))))
+	const loads = "/apis/larder.dev/v1alpha1/loads"
+	api := t.client.CoreV1().RESTClient()
+	object := fmt.Sprintf(`{"apiVersion": "larder.dev/v1alpha1", "kind": "Load", "metadata": {"name": %q}, "spec": {"paths": [%q]}}`, t.ns, d.source())
+	t.must(api.Post().AbsPath(loads).SetHeader("Content-Type", "application/json").Body([]byte(object)).Do(t.ctx).Error())
+	removed := false
+	remove := func() {
+		if !removed {
+			removed = true
+			t.must(api.Delete().AbsPath(loads, t.ns).Do(t.ctx).Error())
+		}
+	}
+	defer remove()
+	var shown []byte
+	t.eventually(time.Minute, func() string { return string(shown) }, func() bool {
+		var err error
+		shown, err = api.Get().AbsPath(loads, t.ns).SetHeader("Accept", "application/json").Do(t.ctx).Raw()
+		var l struct {
+			Status struct {
+				State, Nodes string
+				Files        int
+				Conditions   []meta.Condition
+			}
+		}
+		return err == nil && json.Unmarshal(shown, &l) == nil && l.Status.State == "done" && l.Status.Files == d.files &&
+			l.Status.Nodes == "2/2" && len(l.Status.Conditions) == 1 && l.Status.Conditions[0].Status == meta.ConditionTrue
+	})
+	t.settle(d)
+	before := t.gets(d)
+	t.verify("reader", d, 0)
+	if after := t.gets(d); before == 0 || after != before {
+		t.Errorf("%d requests for its bytes before the pod reads, %d after", before, after)
+	}
+	err := api.Patch(types.MergePatchType).AbsPath(loads, t.ns).Body([]byte(`{"spec": {"pin": true}}`)).Do(t.ctx).Error()
+	if !apierrors.IsInvalid(err) {
+		t.Errorf("a Load is changed: %v", err)
+	}
+	remove()
 }
