@@ -51,7 +51,7 @@ func Adopt(cfg Config, device, memfd, init *os.File, fresh bool, uuid string) (_
 	if err != nil {
 		return nil, fmt.Errorf("dup INIT socket: %w", err)
 	}
-	srv, err := fuse.NewServer(counted{m}, fmt.Sprintf("/dev/fd/%d", fd), m.options())
+	srv, err := fuse.NewServer(counted{m}, fmt.Sprintf("/dev/fd/%d", fd), m.options(st.Negotiated()))
 	if err == nil {
 		err = touchBuffers(srv)
 	}
@@ -68,7 +68,9 @@ func Adopt(cfg Config, device, memfd, init *os.File, fresh bool, uuid string) (_
 	return &Served{Mount: m, srv: srv, fd: fd, device: device, fresh: fresh}, nil
 }
 
-func (m *Mount) options() *fuse.MountOptions {
+// options are what INIT is answered with: by a first worker, or by a later one, which is offered what was negotiated and has to
+// take it.
+func (m *Mount) options(later bool) *fuse.MountOptions {
 	f := m.cfg.Features
 	o := &fuse.MountOptions{
 		MaxWrite:      maxRequest,
@@ -81,6 +83,9 @@ func (m *Mount) options() *fuse.MountOptions {
 		// All that a later version may want: it cannot be asked for again. Not ASYNC_DIO: a process that
 		// waits for an O_DIRECT read could not be killed.
 		ExtraCapabilities: fuse.CAP_HAS_RESEND | fuse.CAP_DIRECT_IO_ALLOW_MMAP,
+	}
+	if !later {
+		o.DisabledCapabilities |= fuse.CAP_AUTO_INVAL_DATA // or each read compares attributes, which never change
 	}
 	if !f.Passthrough {
 		o.DisabledCapabilities |= fuse.CAP_PASSTHROUGH

@@ -1,11 +1,31 @@
 package fusefs
 
 import (
+	"encoding/binary"
 	"os"
 	"testing"
 
+	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
+
+	"github.com/larderfs/larder/cacheworker/brokerwire"
 )
+
+// Attributes of a node never change; where they are compared at each read, that takes a tenth of its time.
+func TestTheKernelIsNotAskedToCompareAttributes(t *testing.T) {
+	m := newWorld(t, options{}).served()
+	st, err := brokerwire.ReadState(m.table.log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const flags = 16 + 12 // behind struct fuse_out_header, in fuse_init_out
+	if said := binary.LittleEndian.Uint32(st.InitOut[flags:]); said&fuse.CAP_AUTO_INVAL_DATA != 0 {
+		t.Errorf("INIT was answered with %#x", said)
+	}
+	if o := m.options(true); o.DisabledCapabilities&fuse.CAP_AUTO_INVAL_DATA != 0 {
+		t.Error("a mount of an older worker, which has negotiated it, could not be taken over")
+	}
+}
 
 // go-fuse closes the number of its descriptor, perhaps much later. Whoever had the number by then
 // would lose a file: a cache file, in whose place reads were EIO.
