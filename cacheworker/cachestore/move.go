@@ -253,7 +253,7 @@ func (s *Store) Spare(id object.ID, spare bool) {
 	}
 }
 
-// Use says that an object was opened whose file the caller has.
+// Use says that an object was opened whose file, or whose bytes, the caller has: all of it counts as read.
 func (s *Store) Use(id object.ID) { s.Ask(id) }
 
 // Ask is Use, and returns how often the object was asked for again.
@@ -266,6 +266,7 @@ func (s *Store) Ask(id object.ID) (asked uint8) {
 		return 0
 	}
 	s.asked(e)
+	s.foreseen.Add(s.unmarkAll(e))
 	return s.policy.Hits(&e.Node)
 }
 

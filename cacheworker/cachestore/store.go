@@ -392,7 +392,7 @@ type entry struct {
 	moving                 bool            // a Move wants to drop it; under Store.mu
 	pinned                 bool            // under Store.mu
 	tail                   bool            // of an object
-	busy                   int8            // write-backs and Warms that have it open; under Store.mu
+	busy                   int8            // write-backs and Brings that have it open; under Store.mu
 	evicted                atomic.Bool
 	unread                 atomic.Pointer[[]atomic.Uint64] // marks, as bits; made under Store.mu
 }

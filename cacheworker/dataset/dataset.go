@@ -50,7 +50,7 @@ type Store interface {
 	Peek(object.ID) cachestore.Info
 	Stats() cachestore.Stats
 	Use(object.ID)
-	Warm(object.ID)
+	Bring(ids []object.ID, got func(object.ID, []byte))
 	Unlinked(object.ID) bool
 }
 
@@ -263,8 +263,8 @@ func (d *Dataset) Peek(id object.ID) cachestore.Info { return d.deps.Store.Peek(
 // Used says that an object was opened without its reader, which nobody else would tell the cache.
 func (d *Dataset) Used(id object.ID) { d.deps.Store.Use(id) }
 
-// Warm says that an object will be read soon.
-func (d *Dataset) Warm(id object.ID) { d.deps.Store.Warm(id) }
+// Bring reads objects that are cached and will be opened soon.
+func (d *Dataset) Bring(ids []object.ID, got func(object.ID, []byte)) { d.deps.Store.Bring(ids, got) }
 
 // Unlinked reports whether somebody holds a file of the object that was evicted.
 func (d *Dataset) Unlinked(id object.ID) bool { return d.deps.Store.Unlinked(id) }

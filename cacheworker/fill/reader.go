@@ -79,6 +79,12 @@ func (l *lease) use() bool {
 	}
 }
 
+// ID is that of the object.
+func (r *Reader) ID() object.ID { return r.id }
+
+// Gave counts a read of the whole object, whose bytes somebody else has taken from the cache file.
+func (r *Reader) Gave() { r.countDisk(0, int(r.obj.Size)) }
+
 // Passed counts an open after which the kernel reads the cache file itself.
 func (r *Reader) Passed() { r.usage.Passed.Add(uint64(r.obj.Size)) }
 

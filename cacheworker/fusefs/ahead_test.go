@@ -41,7 +41,7 @@ func (w *world) onDiskOnly(o object.Object) (pages func() uint64) {
 	return pages
 }
 
-func TestWhoReadsSmallFilesInOrderHasTheNextOnesBroughtFromTheDisk(t *testing.T) {
+func TestWhoReadsSmallFilesInOrderHasTheNextOnesBrought(t *testing.T) {
 	const files, size = 40, 9000
 	w := newWorld(t, options{})
 	u := newUser(t, 0)
@@ -77,17 +77,52 @@ func TestWhoReadsSmallFilesInOrderHasTheNextOnesBroughtFromTheDisk(t *testing.T)
 	if inOrder[last+1]() > 0 {
 		t.Error("and more than those")
 	}
+	m := w.served()
+	held := func() (files, bytes int) {
+		m.brought.mu.Lock()
+		defer m.brought.mu.Unlock()
+		return len(m.brought.of), m.brought.bytes
+	}
+	eventually(t, "they are in memory", func() bool { files, bytes := held(); return files == filesAhead && bytes == files*size })
+	w.onDiskOnly(objects[file("order", 2)])
+	served := w.fills.Stats().DiskBytes
+	if u.sum(w.data(file("order", 2))) != sumOf(bytesOf(2, size)) || inOrder[2]() > 0 {
+		t.Error("its bytes are wrong, or were read once more")
+	}
+	if n := w.fills.Stats().DiskBytes - served; n != size {
+		t.Errorf("%d bytes are counted of %d", n, size)
+	}
 	for i, pages := range inAny {
 		if n := pages(); n > 0 && i != 7 && i != 3 && i != 20 && i != 11 {
 			t.Errorf("file %d of those that are read in any order has %d pages in memory", i, n)
 		}
 	}
-	for i := 2; i < files; i++ {
+	for i := 3; i < files; i++ {
 		if u.sum(w.data(file("order", i))) != sumOf(bytesOf(uint64(i), size)) {
 			t.Errorf("file %d: wrong bytes", i)
 		}
 		if i+1 < files {
 			eventually(t, "the next one is brought", func() bool { return inOrder[i+1]() > 0 })
 		}
+	}
+	eventually(t, "nothing is kept that was read", func() bool { files, bytes := held(); return files == 0 && bytes == 0 })
+}
+
+func TestWhatIsBroughtIsBounded(t *testing.T) {
+	var b brought
+	id := func(i int) object.ID { return object.ID{byte(i), byte(i >> 8)} }
+	const n = 2 * maxBrought / smallFile
+	for i := range n {
+		b.put(id(i), make([]byte, smallFile))
+		b.put(id(i), make([]byte, smallFile))
+	}
+	if b.bytes != maxBrought || len(b.of) != n/2 || b.row.Len() != n/2 {
+		t.Errorf("%d bytes, %d objects, %d in the row", b.bytes, len(b.of), b.row.Len())
+	}
+	if b.take(id(0)) != nil || b.take(id(n-1)) == nil || b.take(id(n-1)) != nil {
+		t.Error("want the youngest, once")
+	}
+	if b.bytes != maxBrought-smallFile || b.row.Len() != n/2-1 {
+		t.Errorf("%d bytes, %d in the row", b.bytes, b.row.Len())
 	}
 }

@@ -97,6 +97,7 @@ type Mount struct {
 	trouble trouble
 	rows    rows
 	orders  orders
+	brought brought
 
 	notify func(message []byte) error                               // tells the kernel; nil where it cannot expire names
 	store  func(node uint64, offset int64, data []byte) fuse.Status // puts bytes into the kernel's page cache

@@ -217,14 +217,22 @@ var smallBuffers = sync.Pool{New: func() any { return new([smallFile]byte) }}
 // whether it did: what is not there is asked for. Requires n.file.mu.
 func (m *Mount) give(n *node, r *fill.Reader) {
 	size := int(n.file.size)
-	if n.file.given || size > smallFile {
+	if n.file.given || size == 0 || size > smallFile {
+		return
+	}
+	d := m.data.Load()
+	if b := m.brought.take(r.ID()); len(b) == size && r.Granted() {
+		d.Used(r.ID())
+		r.Gave()
+		n.file.given = m.store(n.id, 0, b).Ok()
+		m.bringBehind(d, n)
 		return
 	}
 	fd, release, ok := r.Span(0, size)
 	if !ok {
 		return
 	}
-	m.warmBehind(m.data.Load(), n)
+	m.bringBehind(d, n)
 	buf := smallBuffers.Get().(*[smallFile]byte)
 	defer smallBuffers.Put(buf)
 	got, err := syscall.Pread(fd, buf[:size], 0)

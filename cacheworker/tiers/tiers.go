@@ -342,10 +342,16 @@ func (c *Cache) Use(id object.ID) {
 	}
 }
 
-// Warm has the kernel read an object's file, where there is one; see [cachestore.Store.Warm].
-func (c *Cache) Warm(id object.ID) {
-	if i := c.best(id, 0); i >= 0 {
-		c.tiers[i].Warm(id)
+// Bring reads objects that are complete; see [cachestore.Store.Bring].
+func (c *Cache) Bring(ids []object.ID, got func(object.ID, []byte)) {
+	in := make([][]object.ID, len(c.tiers))
+	for _, id := range ids {
+		if i := c.best(id, 0); i >= 0 {
+			in[i] = append(in[i], id)
+		}
+	}
+	for i, ids := range in {
+		c.tiers[i].Bring(ids, got)
 	}
 }
 

@@ -1,6 +1,7 @@
 package cachestore
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -22,7 +23,7 @@ func pagesOf(t testing.TB, f *os.File) uint64 {
 	return st.Cache
 }
 
-func TestWarmReadsACompleteFileFromTheDisk(t *testing.T) {
+func TestCompleteObjectsAreBroughtAsAWhole(t *testing.T) {
 	cfg := Config{Dir: t.TempDir(), CapacityBytes: 64 * chunk}
 	s := open(t, cfg)
 	whole, part := obj("whole", 100_000), obj("part", 2*chunk)
@@ -47,10 +48,14 @@ func TestWarmReadsACompleteFileFromTheDisk(t *testing.T) {
 	}
 	wholeFile, partFile := onDiskOnly(whole), onDiskOnly(part)
 	hits := s.policy.Hits(&s.entries[whole.ID()].Node)
-	s.Warm(obj("unknown", 1).ID())
-	s.Warm(part.ID())
-	s.Warm(whole.ID())
-	eventually(t, "all pages are in memory", func() bool { return pagesOf(t, wholeFile) == (100_000+4095)/4096 })
+	brought := map[object.ID][]byte{}
+	s.Bring([]object.ID{obj("unknown", 1).ID(), part.ID(), whole.ID()}, func(id object.ID, b []byte) { brought[id] = b })
+	if len(brought) != 1 || !bytes.Equal(brought[whole.ID()], content(whole, 0)) {
+		t.Errorf("%d objects, or wrong bytes", len(brought))
+	}
+	if n := pagesOf(t, wholeFile); n != (100_000+4095)/4096 {
+		t.Errorf("%d pages were read", n)
+	}
 	if n := pagesOf(t, partFile); n > 0 {
 		t.Errorf("%d pages of what is not complete", n)
 	}
@@ -60,7 +65,7 @@ func TestWarmReadsACompleteFileFromTheDisk(t *testing.T) {
 }
 
 // A file that is being brought is not one that somebody holds.
-func TestWarmKeepsNothingFromBeingEvicted(t *testing.T) {
+func TestBringingKeepsNothingFromBeingEvicted(t *testing.T) {
 	s := open(t, Config{Dir: t.TempDir(), CapacityBytes: 64 * chunk})
 	const files = 50
 	var g sync.WaitGroup
@@ -69,7 +74,7 @@ func TestWarmKeepsNothingFromBeingEvicted(t *testing.T) {
 		fill(t, s, o)
 		g.Go(func() {
 			for range 20 {
-				s.Warm(o.ID())
+				s.Bring([]object.ID{o.ID()}, func(object.ID, []byte) {})
 			}
 		})
 		s.Evict(o.ID())
