@@ -53,6 +53,7 @@ var Metrics = []telemetry.Metric{
 	{Name: "larder_fuse_read_bytes_total", Help: "Bytes of their answers."},
 	{Name: "larder_fuse_opens_total", Help: "Files opened, by how they are read: passthrough (by the kernel), cached (by the worker, and the page cache), direct (by the worker, because the passthrough that was due failed).", Labels: []string{"mode"}},
 	{Name: "larder_fuse_passthrough_opened_bytes_total", Help: "Sizes of the files opened in passthrough: what is read of them nobody tells."},
+	{Name: "larder_fuse_readahead_declined_total", Help: "READs of the kernel's read-ahead beyond the columns that are read, which were not answered. Nobody sees an error: whoever wants the bytes asks again."},
 	{Name: "larder_fuse_stale_opens_total", Help: "Opens after which the kernel looked the name up again, because it leads to something else now."},
 	{Name: "larder_fuse_request_seconds", Help: "Time to answer FUSE requests; of reads only those that the cache file did not answer at once.", Labels: []string{"op"}, Histogram: true},
 	{Name: "larder_fuse_errors_total", Help: "FUSE requests that the store or the cache failed, by what the reader was told.", Labels: []string{"errno"}},
@@ -164,6 +165,7 @@ func (w *Worker) collectReads(s telemetry.Scrape) {
 		s.Set("larder_fuse_opens_total", float64(v), mode)
 	}
 	s.Set("larder_fuse_passthrough_opened_bytes_total", float64(c.PassedBytes.Load()))
+	s.Set("larder_fuse_readahead_declined_total", float64(c.Declined.Load()))
 	s.Set("larder_fuse_stale_opens_total", float64(c.Stale.Load()))
 	for i, op := range fusefs.Ops {
 		s.Latency("larder_fuse_request_seconds", &c.Took[i], op)

@@ -42,6 +42,7 @@ type Config struct {
 	MaxGetBytes      int64         // of one GET; 0 means 8 MiB
 	MaxWindowBytes   int64         // read ahead of one stream; 0 means 128 MiB
 	RecentBytes      int64         // chunks in memory for which the cache has no room; 0 means 64 MiB
+	Pardoned         int           // reads that are answered in all files after one was declined wrongly; 0 means 32, below 0 means none
 	CompleteWorkers  int           // objects completed in the background at once; 0 means 1
 	GrantTTL         time.Duration // of objects for which the cache has no room; 0 means 24 h
 	Log              *slog.Logger
@@ -64,6 +65,9 @@ func (c Config) withDefaults() Config {
 	}
 	c.MaxRequests = max(c.MaxRequests, 4)
 	c.CompleteWorkers = max(c.CompleteWorkers, 1)
+	if c.Pardoned == 0 {
+		c.Pardoned = 32
+	}
 	if c.GrantTTL <= 0 {
 		c.GrantTTL = 24 * time.Hour
 	}
@@ -102,6 +106,7 @@ type Fills struct {
 	direct, writers chan struct{}
 	count           counters
 	nready          atomic.Int64 // length of ready
+	pardons         atomic.Int32 // see Decline
 
 	mu      sync.Mutex // guards everything below, and the chunks; never held across I/O
 	closed  bool

@@ -44,6 +44,9 @@ type Reader struct {
 	looked  bool   // for parts
 	unlearn func() // ends the look into the footer; may be nil
 
+	declined []span // see Decline
+	mistaken bool   // somebody came to such a place: no more in this file
+
 	aheadBytes int64   // on their way to the reader; guarded by Fills.mu
 	came       arrival // of what was; guarded by Fills.mu
 	elsewhere  way     // of no stream
@@ -530,6 +533,7 @@ func (r *Reader) readAhead(ctx context.Context, off int64, n int) {
 	if r.closed.Load() {
 		return
 	}
+	r.comeTo(span{off, off + int64(n)})
 	st := r.streams.note(off, n)
 	if parts := r.layout(); parts != nil {
 		st.within(parts, off)

@@ -19,7 +19,9 @@ const (
 // stream is a row of reads that goes forward through a file.
 type stream struct {
 	start   int64 // of its first read
-	end     int64 // behind the read that was farthest
+	begun   int64 // of the read that was farthest, or of the first of several that may be of one window of the kernel's
+	end     int64 // behind it
+	longest int64 // of its reads
 	run     int64 // bytes read in a row up to end
 	skipped int64 // bytes below end that were passed over and did not come yet
 	reads   int
@@ -55,11 +57,12 @@ func (s *streams) note(off int64, n int) *stream {
 			s.long = (s.long + s.all[s.last].run) / 2
 		}
 		st = s.fresh()
-		*st = stream{start: off, end: off, hope: s.long, way: new(way)}
+		*st = stream{start: off, begun: off, end: off, hope: s.long, way: new(way)}
 	}
 	st.used = s.tick
 	s.last = slices.IndexFunc(s.all, func(o stream) bool { return o.used == st.used })
 	st.reads++
+	st.longest = max(st.longest, int64(n))
 	last := off + int64(n)
 	if last <= st.end { // late, or read again
 		st.skipped = max(0, st.skipped-int64(n))
@@ -67,6 +70,9 @@ func (s *streams) note(off int64, n int) *stream {
 	}
 	st.skipped += max(0, off-st.end)
 	st.run += min(int64(n), last-st.end)
+	if last-st.begun > st.longest {
+		st.begun = off
+	}
 	st.end = last
 	return st
 }
@@ -77,7 +83,7 @@ func (s *streams) find(off int64) (best *stream) {
 	for i := range s.all {
 		st := &s.all[i]
 		d := off - st.end
-		if d < -slackBack || d > slackAhead {
+		if d < -slackBack || d > slackAhead || off < st.start-slackAhead {
 			continue
 		}
 		if d = max(d, -d); d < nearest {

@@ -320,6 +320,10 @@ func (c call) run() (a answer, err error) {
 		return answer{N: int64(len(mapped.m) - 1)}, err
 	case "load":
 		return load(c.FD, c.Off, c.Len)
+	case "random":
+		mapped.Lock()
+		defer mapped.Unlock()
+		err = unix.Madvise(mapped.m[c.FD], unix.MADV_RANDOM)
 	case "pelted":
 		return c.pelted()
 	case "torture":
@@ -333,6 +337,11 @@ func (c call) run() (a answer, err error) {
 	case "umount":
 		err = unix.Unmount(c.Path, 0)
 	default:
+		if read := readBy[c.Op]; read != nil {
+			b := make([]byte, c.Len)
+			n, err := read(c, b)
+			return answer{N: int64(n), Data: b[:n]}, err
+		}
 		for _, m := range mutations {
 			if m.name == c.Op {
 				return a, m.do(c.Path)

@@ -16,6 +16,7 @@ type Counters struct {
 	Reads     atomic.Uint64 // READs that reached the worker
 	ReadBytes atomic.Uint64
 	Spliced   atomic.Uint64 // READs answered from the cache file without a copy
+	Declined  atomic.Uint64 // READs of the kernel's read-ahead that were not answered: see fill.Reader.Decline
 	Stale     atomic.Uint64 // opens answered with ESTALE
 	Resends   atomic.Uint64 // times the kernel was asked to deliver requests again
 	Resent    atomic.Uint64 // requests that it delivered again, and that were answered

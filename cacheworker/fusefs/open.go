@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/bits"
 	"sync"
 	"syscall"
 	"time"
@@ -335,6 +336,11 @@ func (m *Mount) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 			return copied(buf[:got]), fuse.OK
 		}
 	}
+	if r.Decline(off, size, readAhead(n, in)) {
+		m.unhold(n, false)
+		m.cfg.Counters.Declined.Add(1)
+		return nil, fuse.EAGAIN
+	}
 	began := time.Now()
 	ctx, stop := m.requestContext(cancel, opRead)
 	defer stop()
@@ -355,6 +361,17 @@ func (m *Mount) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 		return copied(nil), fuse.OK
 	}
 	return l, fuse.OK
+}
+
+// readAhead reports whether a READ is surely of the kernel's read-ahead. Nobody is told if that fails: its folios stay
+// in the page cache without their bytes, and who wants one, by whatever call, has it read alone. Such a READ, of one folio, begins at a
+// multiple of its size. An O_DIRECT read names the owner of locks, and a node whose pages are not cached has others.
+func readAhead(n *node, in *fuse.ReadIn) bool {
+	if n.file.mode != cached || in.ReadFlags&fuse.READ_LOCKOWNER != 0 || in.Flags&syscall.O_DIRECT != 0 {
+		return false
+	}
+	folio := uint64(1) << bits.Len32(max(in.Size, 1)-1)
+	return in.Offset%folio != 0
 }
 
 // lent is an answer that lies in the memory of chunks, from which the kernel copies it. It is valid until Done.

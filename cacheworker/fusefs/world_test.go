@@ -68,7 +68,7 @@ func (w *testWorker) connect(socket string, of ...tiers.Tier) (err error) {
 	if w.store, err = tiers.Open(context.Background(), tiers.Config{Tiers: of, Log: w.log}); err != nil {
 		return err
 	}
-	w.fills = fill.New(fill.Config{Log: w.log}, w.store)
+	w.fills = fill.New(fill.Config{Log: w.log, Pardoned: -1}, w.store)
 	w.meta = metadata.New(metadata.Config{OnDenied: w.fills.Revoke, OnHead: w.store.Grant, Log: w.log})
 	w.adopted, w.served = map[string]*Served{}, map[string]*Served{}
 	w.store.OnEvict(func(id object.ID) {
