@@ -1,6 +1,6 @@
 # Everything is built with Go alone; what mounts needs root and /dev/fuse.
 SHELL   := bash
-FUZZTIME ?= 10s
+FUZZTIME ?= 5s
 KILLS    ?= 1000
 VERSION  ?= 0.1.0
 IMAGE    ?= localhost/larder:$(VERSION)
@@ -32,7 +32,7 @@ test-race: fusectl
 test-one-cpu: fusectl
 	GOMAXPROCS=1 go test -short -p 1 -timeout 10m ./cacheworker/... ./driver/... ./master/...
 
-fuzz: ## run each fuzz test for FUZZTIME (10s)
+fuzz: ## run each fuzz test for FUZZTIME (5s)
 	sanity/fuzz.sh $(FUZZTIME)
 
 sanity: fusectl ## csi-sanity over the real driver with real mounts (root)

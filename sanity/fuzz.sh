@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every fuzz test of the module for the given time (10s). With -list it names them,
+# Runs every fuzz test of the module for the given time (10s unless told). With -list it names them,
 # "folder FuzzName" a line, and runs nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
